@@ -1,0 +1,1 @@
+"""Pieces that need the OpenMMLab stack and serve two rooms or more."""
