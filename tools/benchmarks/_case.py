@@ -1,4 +1,4 @@
-"""The contract between a benchmark path (``tools/benchmarks/<path>.py``) and ``tools/benchmark.py``.
+"""The contract between ``tools/benchmark.py`` and a benchmark path, ``tools/benchmarks/<path>.py``.
 
 A path is a module whose docstring opens with the workload in one line (object count, candidates,
 where the tensors live) and which defines ``CASES: list[Case]``. It imports this module by
