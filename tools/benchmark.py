@@ -51,22 +51,10 @@ sys.path.append(str(PATHS))  # for _case
 from mmdet_plugins.common.files import atomic_write  # noqa: E402
 
 PACKAGES = (
-    'torch',
-    'numpy',
-    'opencv-python',
-    'mmcv',
-    'mmengine',
-    'mmdet',
-    'mmsegmentation',
-    'onedl-mmcv',
-    'onedl-mmengine',
-    'onedl-mmdetection',
-    'onedl-mmsegmentation',
-    'hotcoco',
-    'pycocotools',
-    'faster-coco-eval',
-    'triton',
-)
+    'torch triton numpy opencv-python hotcoco pycocotools faster-coco-eval '
+    'mmengine mmcv mmdet mmsegmentation '
+    'onedl-mmengine onedl-mmcv onedl-mmdetection onedl-mmsegmentation'
+).split()
 THREAD_VARIABLES = (
     'OMP_NUM_THREADS',
     'MKL_NUM_THREADS',
