@@ -1,0 +1,59 @@
+"""UVO's annotation files (Wang et al., "Unidentified Video Objects", ICCV 2021) as COCO ones.
+
+UVO comes in two layouts. Frame files (UVO-Sparse: ``FrameSet/UVO_frame_*.json``) are COCO files.
+Video files (UVO-Dense: ``VideoDenseSet/UVO_video_*_dense.json``, and ``VideoSparseSet``) follow
+YouTube-VIS: ``videos`` with ``file_names``, one a frame, and ``annotations`` with one entry a frame
+in ``segmentations``, ``bboxes`` and ``areas``, null where the object is not in sight.
+"""
+
+from collections.abc import Mapping
+
+from hotcoco import mask as rle_ops
+
+from ..ops.coco_json import segmentation_to_rle
+
+
+def uvo_to_coco(data: Mapping) -> dict:
+    """Turn a parsed UVO file of either layout into COCO's, one image a frame.
+
+    Images get ``video_id`` and ``frame_idx``, annotations ``track_id`` (the id of the object in its
+    video); ids of both are new. Boxes and areas that the file lacks are those of the masks.
+
+    Raises:
+        ValueError: The file is of neither layout, or an object does not fit its video; the video
+            or annotation is named.
+    """
+    if 'images' in data:
+        return dict(data)
+    if not isinstance(data.get('videos'), list) or not isinstance(data.get('annotations'), list):
+        raise ValueError('not a UVO file: it has neither "images" nor "videos" and "annotations" '
+                         f'(it has {", ".join(map(str, data)) or "nothing"})')
+    images: list[dict] = []
+    frames: dict[int, list[dict]] = {}
+    for video in data['videos']:
+        frames[video['id']] = [
+            {'id': len(images) + i, 'file_name': name, 'height': video['height'],
+             'width': video['width'], 'video_id': video['id'], 'frame_idx': i - 1}
+            for i, name in enumerate(video['file_names'], start=1)]
+        images += frames[video['id']]
+    annotations: list[dict] = []
+    for track in data['annotations']:
+        where = f'object {track.get("id")} of video {track.get("video_id")}'
+        if track.get('video_id') not in frames:
+            raise ValueError(f'{where}: there is no such video')
+        shown = frames[track['video_id']]
+        if len(track['segmentations']) != len(shown):
+            raise ValueError(f'{where}: {len(track["segmentations"])} masks for {len(shown)} frames')
+        for i, (image, segmentation) in enumerate(zip(shown, track['segmentations'], strict=True)):
+            if not segmentation:
+                continue
+            box, area = ((track.get(key) or [None] * len(shown))[i] for key in ('bboxes', 'areas'))
+            if box is None or area is None:
+                rle = segmentation_to_rle(segmentation, image['height'], image['width'])
+                box, area = rle_ops.to_bbox(rle).tolist(), float(rle_ops.area(rle))
+            annotations.append({
+                'id': len(annotations) + 1, 'image_id': image['id'], 'track_id': track['id'],
+                'category_id': track.get('category_id', 1), 'iscrowd': track.get('iscrowd', 0),
+                'segmentation': segmentation, 'bbox': box, 'area': area})
+    categories = data.get('categories') or [{'id': 1, 'name': 'object'}]
+    return {'images': images, 'annotations': annotations, 'categories': categories}
