@@ -30,14 +30,15 @@ class OpenWorldCocoDataset(CocoDataset):
         novel: What becomes of novel objects: ``'drop'`` leaves them out, so that they count as
             background; ``'ignore'`` marks them as crowds, which neither reward nor punish.
         check_images: Look for every image file at the start, and name those that are missing.
-        *args, metainfo, **kwargs: As for ``CocoDataset``.
+        data_prefix, metainfo, **kwargs: As for ``CocoDataset``, by name.
     """
 
     METAINFO = {'classes': ('object',), 'palette': [(220, 20, 60)]}
 
-    def __init__(self, *args: Any, class_agnostic: bool = True,
+    def __init__(self, *, class_agnostic: bool = True,
                  base_categories: Sequence[str] | None = None, novel: str = 'drop',
-                 check_images: bool = False, metainfo: dict | None = None, **kwargs: Any) -> None:
+                 check_images: bool = False, data_prefix: dict | None = None,
+                 metainfo: dict | None = None, **kwargs: Any) -> None:
         if novel not in ('drop', 'ignore'):
             raise ValueError(f"novel must be 'drop' or 'ignore', not {novel!r}.")
         self.class_agnostic = class_agnostic
@@ -45,7 +46,8 @@ class OpenWorldCocoDataset(CocoDataset):
         self.novel = novel
         self.check_images = check_images
         self._given_classes = (metainfo or {}).get('classes')
-        super().__init__(*args, metainfo=metainfo, **kwargs)
+        super().__init__(data_prefix={'img': ''} if data_prefix is None else data_prefix,
+                         metainfo=metainfo, **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """Read ``self.ann_file``.
@@ -164,8 +166,8 @@ class UVODataset(OpenWorldCocoDataset):
         **kwargs: As for :class:`OpenWorldCocoDataset`.
     """
 
-    def __init__(self, *args: Any, check_images: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, check_images=check_images, **kwargs)
+    def __init__(self, *, check_images: bool = True, **kwargs: Any) -> None:
+        super().__init__(check_images=check_images, **kwargs)
 
     def _to_coco(self, data: Any) -> dict:
         if isinstance(data, dict) and 'videos' in data:

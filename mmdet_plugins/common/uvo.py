@@ -43,7 +43,8 @@ def uvo_to_coco(data: Mapping) -> dict:
             raise ValueError(f'{where}: there is no such video')
         shown = frames[track['video_id']]
         if len(track['segmentations']) != len(shown):
-            raise ValueError(f'{where}: {len(track["segmentations"])} masks for {len(shown)} frames')
+            raise ValueError(
+                f'{where}: {len(track["segmentations"])} masks for {len(shown)} frames')
         for i, (image, segmentation) in enumerate(zip(shown, track['segmentations'], strict=True)):
             if not segmentation:
                 continue

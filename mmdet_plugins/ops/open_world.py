@@ -141,8 +141,9 @@ class OpenWorldEvaluator:
         Returns:
             ``{part}{iou_type}_AP``, ``_AP50``, ``_AP75``, ``_AP_small|medium|large`` (at most 100
             detections an image), ``_AR@{k}`` and ``_AR@{k}_small|medium|large`` for each k;
-            ``{iou_type}_TIDE_{kind}`` (the AP50 that kind of error costs) if asked for. In [0, 1];
-            -1 where there is no object to find.
+            if asked for, ``{iou_type}_TIDE_{kind}``, the AP50 that each kind of error costs (Loc,
+            Dupe, Bkg, Miss, FP, FN; the two kinds of class errors cannot occur). In [0, 1]; -1
+            where there is no object to find.
 
         Raises:
             ValueError: No image was seen.
@@ -367,7 +368,8 @@ class _TideErrors:
                            'annotations': self._truths})
         evaluation = hotcoco.COCOeval(gt, gt.load_res(self._results), self.iou_type)
         evaluation.evaluate()
-        return dict(evaluation.tide_errors()['delta_ap'])
+        costs = evaluation.tide_errors()['delta_ap']
+        return {kind: costs[kind] for kind in ('Loc', 'Dupe', 'Bkg', 'Miss', 'FP', 'FN')}
 
 
 def _annotations(image_id: int, objects: Objects, with_masks: bool, first_id: int) -> list[dict]:
@@ -388,6 +390,23 @@ def _results(image_id: int, detections: Detections, iou_type: str = 'segm') -> l
                    else ('segmentation', detections.rles))
     return [{'image_id': image_id, 'category_id': 1, key: shape, 'score': score}
             for shape, score in zip(shapes, detections.scores.tolist(), strict=True)]
+
+
+def format_table(metrics: Mapping[str, float]) -> str:
+    """Metrics of :meth:`OpenWorldEvaluator.compute` as text, a row for each kind of overlap.
+
+    Columns by area are shown for the largest budget only.
+    """
+    rows = [name.removesuffix('_AP') for name in metrics if name.endswith('_AP')]
+    columns = [name.removeprefix(f'{rows[0]}_') for name in metrics if name.startswith(rows[0])]
+    columns = [column for column in columns if 'TIDE' not in column]
+    largest = [column for column in columns if '@' in column][-1].split('_')[0]
+    columns = [column for column in columns if '_' not in column or column.startswith(largest)]
+    lines = [['', *columns]]
+    lines += [[row, *(f'{metrics[f"{row}_{column}"]:.3f}' for column in columns)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+                     for line in lines)
 
 
 def evaluate_json(annotations: JsonFile | Mapping, results: JsonFile | list[dict],

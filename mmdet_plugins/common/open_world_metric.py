@@ -1,0 +1,200 @@
+"""Class-agnostic AP and AR@k as a metric of mmengine's evaluation loops.
+
+Shapes: N predictions and G annotated objects of one image, ``H W`` its original size.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+from hotcoco import mask as rle_ops
+from mmdet.registry import METRICS
+from mmengine.dist import get_world_size
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import get_local_path, list_from_file
+from mmengine.logging import MMLogger
+from torch import Tensor
+
+from ..ops.coco_json import (
+    Detections,
+    Objects,
+    base_category_ids,
+    by_image,
+    listed,
+    load_coco,
+    to_objects,
+)
+from ..ops.open_world import OpenWorldEvaluator, format_table
+from ..ops.rle import encode_masks
+from .files import atomic_write
+
+
+@METRICS.register_module()
+class OpenWorldMetric(BaseMetric):
+    """Class-agnostic average precision and recall of boxes and masks, whatever the class.
+
+    In place of ``CocoMetric(metric='proposal')``, which knows boxes only, names the result AR@100
+    whatever budget was set, rounds to three digits, and keeps a dict for each box. Images are
+    matched as they come; only the outcome is kept and joined over ranks.
+
+    Predictions are ``pred_instances`` with ``bboxes`` [N, 4] (xyxy) and ``scores`` [N], and for
+    masks ``masks``, a [N, H, W] tensor or N COCO RLE dicts, all in pixels of the original image.
+
+    Args:
+        ann_file: COCO annotation file. ``None`` takes the objects from ``gt_instances`` (and, as
+            crowds, ``ignored_instances``) of the data samples, which a test pipeline supplies
+            that loads annotations after resizing.
+        metric: Of ``'bbox'``, ``'segm'`` and ``'boundary'``.
+        max_dets: Budgets k of AR@k.
+        base_categories: Names of the categories seen in training, or a text file with one a line;
+            adds AR and AP of base and of novel objects. Needs ``ann_file``.
+        tide: Add TIDE's kinds of error. Keeps the first 100 predictions of every image.
+        outfile_prefix: Write the predictions as COCO results to ``{outfile_prefix}.bbox.json``, or
+            ``.segm.json`` if they have masks, with category 1. Keeps them in memory.
+        format_only: Write the results and evaluate nothing; for images without annotations.
+        backend_args, collect_device, prefix, collect_dir: As for ``CocoMetric``.
+    """
+
+    default_prefix = 'open_world'
+
+    def __init__(self, ann_file: str | None = None,
+                 metric: str | Sequence[str] = ('bbox', 'segm'),
+                 max_dets: Sequence[int] = (1, 10, 100),
+                 base_categories: Collection[str] | str | None = None,
+                 tide: bool = False,
+                 outfile_prefix: str | None = None,
+                 format_only: bool = False,
+                 backend_args: dict | None = None,
+                 collect_device: str = 'cpu',
+                 prefix: str | None = None,
+                 collect_dir: str | None = None) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
+        if format_only and outfile_prefix is None:
+            raise ValueError('format_only=True writes results only: say where by outfile_prefix.')
+        if base_categories is not None and ann_file is None:
+            raise ValueError('base_categories needs ann_file, which says the category of objects.')
+        self.ann_file = ann_file
+        self.format_only = format_only
+        self.outfile_prefix = outfile_prefix
+        self._settings = {
+            'iou_types': (metric,) if isinstance(metric, str) else tuple(metric),
+            'max_dets': tuple(max_dets), 'split': base_categories is not None, 'tide': tide}
+        self._base_ids = None
+        self._images: dict[int, dict] = {}
+        if ann_file is not None and not format_only:
+            with get_local_path(ann_file, backend_args=backend_args) as path:
+                data = load_coco(path)
+            if isinstance(base_categories, str):
+                base_categories = list_from_file(base_categories)
+            if base_categories is not None:
+                self._base_ids = base_category_ids(data['categories'], base_categories)
+            self._images = {image['id']: image for image in data['images']}
+            self._annotations = by_image(data['annotations'])
+        self._with_masks = any(t != 'bbox' for t in self._settings['iou_types'])
+        self._reset()
+
+    def _reset(self) -> None:
+        self._evaluator = OpenWorldEvaluator(**self._settings)
+        self._found: dict[int, Detections] = {}
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Match the predictions of a batch of images, and forget them.
+
+        Raises:
+            ValueError: An image is not in ``ann_file``, or predictions cannot be evaluated; the
+                image is named.
+        """
+        for sample in data_samples:
+            image_id = sample['img_id']
+            detections = self._detections(sample)
+            if self.outfile_prefix is not None:
+                self._found[image_id] = detections
+            if not self.format_only:
+                self._evaluator.update(image_id, self._objects(sample), detections)
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Join what the ranks have matched and compute the metrics (of all ranks, on all)."""
+        self.results = [(self._evaluator, self._found)]
+        self._reset()
+        return super().evaluate(get_world_size())
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        evaluators, found = zip(*results, strict=True)
+        if self.outfile_prefix is not None:
+            self._write({i: detections for part in found for i, detections in part.items()})
+        if self.format_only:
+            return {}
+        evaluator = OpenWorldEvaluator.merge(evaluators)
+        logger = MMLogger.get_current_instance()
+        unseen = len(self._images) - len(evaluator.image_ids)
+        if self.ann_file is not None and unseen > 0:
+            logger.warning(f'{unseen} of the {len(self._images)} images of {self.ann_file} were '
+                           'not shown and do not count.')
+        metrics = evaluator.compute()
+        logger.info('\n' + format_table(metrics))
+        return metrics
+
+    def _detections(self, sample: dict) -> Detections:
+        pred = sample['pred_instances']
+        masks = pred.get('masks')
+        if isinstance(masks, Tensor):
+            if len(masks) and tuple(masks.shape[1:]) != tuple(sample['ori_shape'][:2]):
+                raise ValueError(
+                    f'Image {sample["img_id"]}: masks of size {tuple(masks.shape[1:])}, but the '
+                    f'image is {tuple(sample["ori_shape"][:2])}: predict in original pixels.')
+            masks = encode_masks(masks)
+        return Detections(_to_xywh(pred['bboxes']),
+                          pred['scores'].detach().cpu().double().numpy(), masks)
+
+    def _objects(self, sample: dict) -> Objects:
+        image_id = sample['img_id']
+        if self.ann_file is not None:
+            if image_id not in self._images:
+                raise ValueError(
+                    f'Image {image_id} is not in {self.ann_file} (which has '
+                    f'{listed(self._images, 3)}): data set and metric read different files.')
+            return to_objects(self._annotations[image_id], self._images[image_id],
+                              self._with_masks, self._base_ids)
+        if 'gt_instances' not in sample:
+            raise ValueError(f'Image {image_id} comes without gt_instances: load annotations in '
+                             'the test pipeline, or give the metric an ann_file.')
+        parts = [sample['gt_instances'], sample.get('ignored_instances', {'bboxes': []})]
+        crowd = np.repeat([False, True], [len(part['bboxes']) for part in parts])
+        parts = [part for part in parts if len(part['bboxes'])]
+        boxes = [_to_xywh(getattr(part['bboxes'], 'tensor', part['bboxes'])) for part in parts]
+        boxes = np.concatenate([np.zeros((0, 4)), *boxes])
+        if not self._with_masks:
+            return Objects(boxes, boxes[:, 2] * boxes[:, 3], crowd)
+        masks = [part['masks'] for part in parts]
+        rles = [rle for part in masks for rle in encode_masks(
+            part if isinstance(part, Tensor) else part.to_ndarray())]
+        return Objects(boxes, np.array([rle_ops.area(rle) for rle in rles], np.float64), crowd, rles)
+
+    def _write(self, found: dict[int, Detections]) -> None:
+        masked = any(detections.rles is not None for detections in found.values())
+        path = f'{self.outfile_prefix}.{"segm" if masked else "bbox"}.json'
+        with atomic_write(path) as file:
+            separator = '['
+            for image_id in sorted(found):
+                detections = found[image_id]
+                for i, (box, score) in enumerate(zip(detections.boxes_xywh.tolist(),
+                                                     detections.scores.tolist(), strict=True)):
+                    result = {'image_id': image_id, 'category_id': 1, 'bbox': box, 'score': score}
+                    if detections.rles is not None:
+                        result['segmentation'] = _json_ready(detections.rles[i])
+                    file.write(separator + json.dumps(result))
+                    separator = ',\n'
+            file.write(']' if separator != '[' else '[]')
+        MMLogger.get_current_instance().info(f'Results of {len(found)} images are in {path}.')
+
+
+def _to_xywh(boxes_xyxy: Tensor) -> np.ndarray:
+    boxes = boxes_xyxy.detach().cpu().double().numpy()
+    return np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), 1)
+
+
+def _json_ready(rle: dict) -> dict:
+    counts = rle['counts']
+    return {'size': [int(v) for v in rle['size']],
+            'counts': counts.decode() if isinstance(counts, bytes) else counts}
