@@ -169,7 +169,8 @@ class OpenWorldMetric(BaseMetric):
         masks = [part['masks'] for part in parts]
         rles = [rle for part in masks for rle in encode_masks(
             part if isinstance(part, Tensor) else part.to_ndarray())]
-        return Objects(boxes, np.array([rle_ops.area(rle) for rle in rles], np.float64), crowd, rles)
+        areas = np.array([rle_ops.area(rle) for rle in rles], np.float64)
+        return Objects(boxes, areas, crowd, rles)
 
     def _write(self, found: dict[int, Detections]) -> None:
         masked = any(detections.rles is not None for detections in found.values())
