@@ -1,7 +1,8 @@
-"""Table 1, row 6 (+ DCNv2): the reference that the other rows differ from."""
+"""Table 1, row 6 (+ DCNv2): the reference; the other rows are this one without later additions."""
 
 _base_ = [
     './_base_/cascade_rpn_r50_fpn.py',
+    './_base_/cascade_rpn_tta.py',
     '../_base_/datasets/coco_open_world.py',
     'mmdet::_base_/schedules/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',

@@ -54,6 +54,6 @@ test_dataloader = val_dataloader
 val_evaluator = dict(
     type='OpenWorldMetric',
     ann_file=data_root + 'annotations/instances_val2017.json',
-    iou_types=['bbox'],
+    metric='bbox',
     max_dets=[100, 300, 1000])
 test_evaluator = val_evaluator

@@ -8,6 +8,9 @@ custom_imports = dict(
     imports=[
         'mmdet_plugins.common.runtime',
         'mmdet_plugins.common.hooks',
+        'mmdet_plugins.common.datasets',
+        'mmdet_plugins.common.open_world_metric',
+        'mmdet_plugins.common.timm_backbone',
         'mmdet_plugins.cascade_rpn',
     ],
     allow_failed_imports=False)
