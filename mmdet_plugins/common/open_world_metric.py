@@ -8,7 +8,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from hotcoco import mask as rle_ops
 from mmdet.registry import METRICS
 from mmengine.dist import get_world_size
 from mmengine.evaluator import BaseMetric
@@ -26,7 +25,7 @@ from ..ops.coco_json import (
     to_objects,
 )
 from ..ops.open_world import OpenWorldEvaluator, format_table
-from ..ops.rle import encode_masks
+from ..ops.rle import area, encode_masks, segmentation_to_rle
 from .files import atomic_write
 
 
@@ -144,6 +143,8 @@ class OpenWorldMetric(BaseMetric):
                     f'Image {sample["img_id"]}: masks of size {tuple(masks.shape[1:])}, but the '
                     f'image is {tuple(sample["ori_shape"][:2])}: predict in original pixels.')
             masks = encode_masks(masks)
+        elif masks is not None:
+            masks = [segmentation_to_rle(rle, sample['ori_shape'][:2]) for rle in masks]
         return Detections(_to_xywh(pred['bboxes']),
                           pred['scores'].detach().cpu().double().numpy(), masks)
 
@@ -169,8 +170,7 @@ class OpenWorldMetric(BaseMetric):
         masks = [part['masks'] for part in parts]
         rles = [rle for part in masks for rle in encode_masks(
             part if isinstance(part, Tensor) else part.to_ndarray())]
-        areas = np.array([rle_ops.area(rle) for rle in rles], np.float64)
-        return Objects(boxes, areas, crowd, rles)
+        return Objects(boxes, area(rles).astype(np.float64), crowd, rles)
 
     def _write(self, found: dict[int, Detections]) -> None:
         masked = any(detections.rles is not None for detections in found.values())
@@ -183,7 +183,7 @@ class OpenWorldMetric(BaseMetric):
                                                      detections.scores.tolist(), strict=True)):
                     result = {'image_id': image_id, 'category_id': 1, 'bbox': box, 'score': score}
                     if detections.rles is not None:
-                        result['segmentation'] = _json_ready(detections.rles[i])
+                        result['segmentation'] = detections.rles[i]
                     file.write(separator + json.dumps(result))
                     separator = ',\n'
             file.write(']' if separator != '[' else '[]')
@@ -193,9 +193,3 @@ class OpenWorldMetric(BaseMetric):
 def _to_xywh(boxes_xyxy: Tensor) -> np.ndarray:
     boxes = boxes_xyxy.detach().cpu().double().numpy()
     return np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), 1)
-
-
-def _json_ready(rle: dict) -> dict:
-    counts = rle['counts']
-    return {'size': [int(v) for v in rle['size']],
-            'counts': counts.decode() if isinstance(counts, bytes) else counts}

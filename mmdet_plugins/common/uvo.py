@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from hotcoco import mask as rle_ops
 
-from ..ops.coco_json import segmentation_to_rle
+from ..ops.rle import segmentation_to_rle
 
 
 def uvo_to_coco(data: Mapping) -> dict:
@@ -50,7 +50,7 @@ def uvo_to_coco(data: Mapping) -> dict:
                 continue
             box, area = ((track.get(key) or [None] * len(shown))[i] for key in ('bboxes', 'areas'))
             if box is None or area is None:
-                rle = segmentation_to_rle(segmentation, image['height'], image['width'])
+                rle = segmentation_to_rle(segmentation, (image['height'], image['width']))
                 box, area = rle_ops.to_bbox(rle).tolist(), float(rle_ops.area(rle))
             annotations.append({
                 'id': len(annotations) + 1, 'image_id': image['id'], 'track_id': track['id'],

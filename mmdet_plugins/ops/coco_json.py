@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from hotcoco import mask as rle_ops
 
+from .rle import segmentation_to_rle
+
 JsonFile = str | os.PathLike
 
 
@@ -128,26 +130,6 @@ def load_results(source: JsonFile | list) -> list[dict]:
     return data
 
 
-def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict:
-    """Polygons, or an RLE of either kind, as a compressed RLE of an H×W image.
-
-    Raises:
-        ValueError: There is no polygon of three points or more, or the RLE is of another size.
-    """
-    if isinstance(segmentation, Mapping):
-        size = list(segmentation.get('size', ()))
-        if size != [height, width]:
-            raise ValueError(f'an RLE of size {size} in an image of size {[height, width]}')
-        if isinstance(segmentation.get('counts'), list):
-            return rle_ops.frPyObjects(dict(segmentation), height, width)
-        return dict(segmentation)
-    polygons = [polygon for polygon in segmentation or () if len(polygon) >= 6]
-    if not polygons:
-        raise ValueError('no polygon of three points or more')
-    # Always as a list of polygons: four numbers alone would be taken for a box.
-    return rle_ops.merge(rle_ops.frPyObjects(polygons, height, width))
-
-
 def to_objects(annotations: Iterable[Mapping], image: Mapping, with_masks: bool = False,
                base_ids: Collection[int] | None = None) -> Objects:
     """Annotations of one image as arrays.
@@ -168,8 +150,8 @@ def to_objects(annotations: Iterable[Mapping], image: Mapping, with_masks: bool 
         for ann in annotations:
             try:
                 rle = segmentation_to_rle(
-                    ann.get('segmentation'), image['height'], image['width'])
-            except (KeyError, TypeError, ValueError) as error:
+                    ann.get('segmentation'), (image['height'], image['width']))
+            except (KeyError, ValueError) as error:
                 raise ValueError(
                     f'Annotation {ann.get("id")} of image {image["id"]} has no usable mask '
                     f'({error}); tools/check_data.py lists all of them.') from None

@@ -29,6 +29,7 @@ from .coco_json import (
     to_detections,
     to_objects,
 )
+from .rle import area as mask_area
 
 IOU_TYPES = ('bbox', 'segm', 'boundary')
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -151,27 +152,25 @@ class OpenWorldEvaluator:
         if not self.image_ids:
             raise ValueError('There is nothing to evaluate: no image has been seen.')
         metrics = {}
+        suffixes = ['' if area == 'all' else f'_{area}' for area in AREAS]
         for (part, iou_type), engine in self._engines.items():
-            precision, recall = engine.compute()
             name = f'{part}{iou_type}'
-            ap, budgets = precision, engine.budgets
-            metrics[f'{name}_AP'] = _mean(ap[:, 0])
-            metrics[f'{name}_AP50'] = _mean(ap[0, 0])
-            metrics[f'{name}_AP75'] = _mean(ap[5, 0])
-            for a, area in enumerate(AREAS):
-                if area != 'all':
-                    metrics[f'{name}_AP_{area}'] = _mean(ap[:, a])
+            precision, recall = engine.compute()
+            metrics[f'{name}_AP'] = _mean(precision[:, 0])
+            metrics[f'{name}_AP50'] = _mean(precision[0, :1])
+            metrics[f'{name}_AP75'] = _mean(precision[5, :1])
+            for a, suffix in enumerate(suffixes):
+                metrics[f'{name}_AP{suffix}'] = _mean(precision[:, a])
             for k in self.max_dets:
-                for a, area in enumerate(AREAS):
-                    suffix = '' if area == 'all' else f'_{area}'
-                    metrics[f'{name}_AR@{k}{suffix}'] = _mean(recall[:, a, budgets.index(k)])
+                for a, suffix in enumerate(suffixes):
+                    found = recall[:, a, engine.budgets.index(k)]
+                    metrics[f'{name}_AR@{k}{suffix}'] = _mean(found)
         for iou_type, errors in self._tide.items():
             metrics.update({f'{iou_type}_TIDE_{kind}': v for kind, v in errors.compute().items()})
         return metrics
 
 
 def _mean(values: np.ndarray) -> float:
-    values = np.atleast_1d(values)
     return float(values[values > -1].mean()) if (values > -1).any() else -1.0
 
 
@@ -310,7 +309,7 @@ class _GreedyEngine:
         ignored = objects.crowd | (areas < low) | (areas > high)
         ious = _pairwise_iou(self.iou_type, objects, detections)
         matches = greedy_match(ious, ignored, objects.crowd)
-        found = np.array([rle_ops.area(rle) for rle in detections.rles], np.float64)
+        found = mask_area(detections.rles)
         outside = ((found < low) | (found > high))[:, None]
         view = np.arange(len(AREAS))[:, None, None]
         on_ignored = (matches >= 0) & ignored[view, matches] if len(objects) else matches >= 0
