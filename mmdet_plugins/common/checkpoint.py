@@ -1,19 +1,22 @@
 """Reading checkpoints without running what they contain.
 
-A checkpoint is a pickle, and a pickle is a program. Every scheme of mmengine's ``CheckpointLoader`` (local files, URLs,
-model-zoo names, object stores) is replaced by one that only fetches the file and hands it to :func:`load_file`:
-``torch.load(weights_only=True)`` first, then, for what mmengine's own training checkpoints hold besides tensors, an
-unpickler with an allow-list. There is no third attempt.
+A checkpoint is a pickle, and a pickle is a program. Every scheme of mmengine's ``CheckpointLoader``
+(local files, URLs, model-zoo names, object stores) is replaced by one that only fetches the file
+and hands it to :func:`load_file`: ``torch.load(weights_only=True)`` first, then, for what training
+checkpoints hold besides tensors, an unpickler with an allow-list. There is no third attempt.
 """
 
 import collections
+import difflib
 import io
 import os
 import os.path as osp
 import pickle
 import sys
+import tarfile
 import tempfile
 import types
+import zipfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
@@ -28,110 +31,100 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 MapLocation = str | torch.device | Callable | dict | None
 
-_STATISTICS = ('min', 'max', 'current', 'mean')
-
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, or that asks for more than data."""
+    """A checkpoint that is unknown, damaged, or asks for more than data."""
 
 
-def _statistic(owner: Any, name: Any) -> Callable:
-    """Stand in for ``getattr``, by which a ``HistoryBuffer`` pickles its table of statistics."""
-    if owner is HistoryBuffer and name in _STATISTICS:
-        return getattr(HistoryBuffer, name)
-    raise pickle.UnpicklingError(
-        f'getattr({getattr(owner, "__name__", type(owner).__name__)}, {name!r})'
-    )
+class _RefusedError(pickle.UnpicklingError):
+    """What a pickle asked for, outside the allow-list."""
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stand in for ``_codecs.encode``, by which protocol 2 writes bytes."""
+def _getattr(owner: Any, name: Any) -> Callable:
+    """Look up a statistic of ``HistoryBuffer``, which pickles its table of them by ``getattr``."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(owner, name)
+    raise _RefusedError(f'getattr({getattr(owner, "__name__", type(owner).__name__)}, {name!r})')
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Restore bytes, which pickle's protocol 2 writes as Latin-1 text."""
     if encoding != 'latin1':
-        raise pickle.UnpicklingError(f'_codecs.encode(..., {encoding!r})')
-    return text.encode('latin1')
+        raise _RefusedError(f'_codecs.encode with {encoding!r}')
+    return text.encode(encoding)
 
 
-# Each value only builds data from its arguments. The keys are compared whole, so a dotted name leads nowhere.
+# All that training checkpoints of mmdet and mmseg ask for. Each value does no more than build data
+# from its arguments. Names are compared whole, so that a dotted one leads nowhere.
 _ALLOWED: dict[str, Any] = {
-    'builtins.getattr': _statistic,
-    '_codecs.encode': _encode_latin1,
+    'builtins.getattr': _getattr,
+    '_codecs.encode': _encode,
     'collections.Counter': collections.Counter,
     'collections.OrderedDict': collections.OrderedDict,
     'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
     'numpy.dtype': np.dtype,
     'numpy.ndarray': np.ndarray,
-    'numpy._core.multiarray._reconstruct': np.zeros(0).__reduce__()[0],
+    'numpy._core.multiarray._reconstruct': np.empty(0).__reduce__()[0],
     'numpy._core.multiarray.scalar': np.float64(0).__reduce__()[0],
     'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
-    'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
-    'torch.Size': torch.Size,
 }
-_RENAMED = {'__builtin__': 'builtins', 'numpy.core.multiarray': 'numpy._core.multiarray'}
+_MOVED = {'__builtin__': 'builtins', 'numpy.core.multiarray': 'numpy._core.multiarray'}
 _WITH_STATE = (collections.OrderedDict, HistoryBuffer, np.ndarray, np.dtype)
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler that builds the types of ``_ALLOWED`` and calls nothing else.
+    """An unpickler that finds and calls what is in ``_ALLOWED``, and nothing else.
 
-    It is Python's own pure implementation, because only there can the opcodes be restricted too: the compiled one calls
-    any callable it comes across and lets a file set attributes of shared functions and classes.
+    It extends Python's pure implementation, where opcodes can be restricted as well. The compiled
+    one calls whatever callable lies on its stack, and a "state" may set attributes of functions and
+    classes that the whole process shares.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        path = f'{_RENAMED.get(module, module)}.{name}'
+        path = f'{_MOVED.get(module, module)}.{name}'
         if path not in _ALLOWED:
-            raise pickle.UnpicklingError(path)
+            raise _RefusedError(path)
         return _ALLOWED[path]
 
     def load_reduce(self) -> None:
-        self._check_callable(self.stack[-2])
+        self._check_callable()
         super().load_reduce()
 
     def load_newobj(self) -> None:
-        self._check_callable(self.stack[-2])
+        self._check_callable()
         super().load_newobj()
 
     def load_build(self) -> None:
         if not isinstance(self.stack[-2], _WITH_STATE):
-            raise pickle.UnpicklingError(f'a state for {type(self.stack[-2]).__name__}')
+            raise _RefusedError(f'setting the state of {self.stack[-2]!r}')
         super().load_build()
 
     def load_refused(self) -> None:
-        raise pickle.UnpicklingError('an opcode that no checkpoint needs')
+        raise _RefusedError('an obsolete way of building objects')
 
-    @staticmethod
-    def _check_callable(target: Any) -> None:
-        if not any(target is allowed for allowed in _ALLOWED.values()):
-            raise pickle.UnpicklingError(f'a call of {target!r}')
+    def _check_callable(self) -> None:
+        if not any(self.stack[-2] is allowed for allowed in _ALLOWED.values()):
+            raise _RefusedError(f'a call of {self.stack[-2]!r}')
 
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.NEWOBJ[0]] = load_newobj
     dispatch[pickle.BUILD[0]] = load_build
-    for _opcode in (
-        pickle.INST,
-        pickle.OBJ,
-        pickle.NEWOBJ_EX,
-        pickle.EXT1,
-        pickle.EXT2,
-        pickle.EXT4,
-    ):
-        dispatch[_opcode[0]] = load_refused
+    for _opcode in 'INST', 'OBJ', 'NEWOBJ_EX', 'EXT1', 'EXT2', 'EXT4':
+        dispatch[getattr(pickle, _opcode)[0]] = load_refused
 
 
-def _restricted_pickle() -> types.ModuleType:
-    """A ``pickle_module`` for ``torch.load``; old formats call its ``load``, new ones its ``Unpickler``."""
-    module = types.ModuleType('restricted_pickle')
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-    return module
+# For torch.load, which reads zip archives by ``Unpickler`` and older files by ``load`` as well.
+_restricted_pickle = types.ModuleType('restricted_pickle')
+_restricted_pickle.Unpickler = _Unpickler
+_restricted_pickle.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
 
 
 def load_file(
-    file: str | BinaryIO, map_location: MapLocation = None, name: str | None = None
+    file: str | os.PathLike | BinaryIO, map_location: MapLocation = None, name: str | None = None
 ) -> Any:
-    """Read a checkpoint that may come from anyone.
+    """Read a checkpoint, whoever made it.
 
     Args:
         file: Path, or a seekable binary file.
@@ -139,60 +132,84 @@ def load_file(
         name: What error messages call the file; its path by default.
 
     Raises:
-        CheckpointError: The file is damaged, is a TorchScript or tar archive, or names something
-            outside the allow-list.
+        CheckpointError: The file is damaged, is a TorchScript or tar archive, or asks for
+            something outside the allow-list.
     """
     name = name or str(file)
-    for kwargs in (
-        dict(weights_only=True),
-        dict(weights_only=False, pickle_module=_restricted_pickle()),
-    ):
+    try:
+        _check_format(file)
         try:
-            return _without_code(torch.load(file, map_location=map_location, **kwargs))
-        except pickle.UnpicklingError as error:
-            reason = error
-        except OSError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f'{name} cannot be read as a checkpoint ({error}): make or download it again.'
-            ) from error
-        if not isinstance(file, str):
-            file.seek(0)
-    raise CheckpointError(
-        f'{name} is refused, because it asks for {reason}, which no checkpoint needs: if its maker is to be trusted, '
-        'have them save the "state_dict" alone.'
-    ) from reason
-
-
-def _without_code(checkpoint: Any) -> Any:
-    """Drop the one entry that mmengine's ``Runner.resume`` would run as Python source."""
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            restricted = True
+        else:
+            restricted = False
+        if restricted:  # outside the except clause, so that the tensors of the first try are free
+            _rewind(file)
+            checkpoint = torch.load(
+                file, map_location, pickle_module=_restricted_pickle, weights_only=False
+            )
+    except _RefusedError as error:
+        raise CheckpointError(
+            f'{name} is refused, since it asks for {error}, which no checkpoint needs: use another '
+            'file, or have its maker save the tensors of "state_dict" alone.'
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f'{name} cannot be read as a checkpoint ({type(error).__name__}: {error}): delete it '
+            'and make or download it again.'
+        ) from error
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get('meta'), dict):
+        # mmengine's Runner.resume would run this text, which it does not write itself, as Python.
         checkpoint['meta'].pop('config', None)
     return checkpoint
+
+
+def _check_format(file: str | os.PathLike | BinaryIO) -> None:
+    """Refuse the two archives that torch.load would hand to another reader than the unpickler."""
+    if zipfile.is_zipfile(file):
+        _rewind(file)
+        with zipfile.ZipFile(file) as archive:
+            if any(osp.basename(member) == 'constants.pkl' for member in archive.namelist()):
+                raise _RefusedError('its TorchScript code to be run')
+    else:
+        _rewind(file)
+        if tarfile.is_tarfile(file):
+            raise _RefusedError('being unpacked as a tar archive')
+    _rewind(file)
+
+
+def _rewind(file: str | os.PathLike | BinaryIO) -> None:
+    if hasattr(file, 'seek'):
+        file.seek(0)
 
 
 def load_from_local(filename: str, map_location: MapLocation = None) -> Any:
     """Load a file of this machine."""
     filename = osp.expanduser(filename)
     if not osp.isfile(filename):
-        raise FileNotFoundError(f'{filename!r} is not a file: check the path of the checkpoint.')
+        raise FileNotFoundError(
+            f'The checkpoint {filename!r} is not a file: correct its path (in "last_checkpoint" if '
+            'the folder of the run to be resumed was moved).'
+        )
     return load_file(filename, map_location)
 
 
 def load_from_http(filename: str, map_location: MapLocation = None) -> Any:
-    """Load a URL through torch.hub's cache, which rank 0 fills before the other ranks look into it."""
+    """Load a URL by way of torch.hub's cache, which rank 0 fills before other ranks look there."""
     rank, world_size = get_dist_info()
     try:
         path = _download(filename) if rank == 0 else None
-    finally:
+    finally:  # also on an error: the other ranks then fail by themselves instead of waiting
         if world_size > 1:
             torch.distributed.barrier()
     return load_file(path or _download(filename), map_location)
 
 
 def _download(url: str) -> str:
-    """Fetch ``url`` into torch.hub's cache unless it is there; return the path. The file appears whole or not."""
+    """Put ``url`` into torch.hub's cache, whole or not at all, unless it is there; return where."""
     folder = osp.join(torch.hub.get_dir(), 'checkpoints')
     path = osp.join(folder, osp.basename(urlparse(url).path))
     if not osp.exists(path):
@@ -202,39 +219,38 @@ def _download(url: str) -> str:
 
 
 def load_from_torchvision(filename: str, map_location: MapLocation = None) -> Any:
-    """Load a model of torchvision by name."""
-    urls = mmengine_checkpoint.get_torchvision_models()
-    return load_from_http(_look_up(filename, urls), map_location)
+    """Load a model of torchvision by its name."""
+    url = _look_up(filename, mmengine_checkpoint.get_torchvision_models())
+    return load_from_http(url, map_location)
 
 
 def load_from_openmmlab(filename: str, map_location: MapLocation = None) -> Any:
-    """Load a model of OpenMMLab's zoo by name; a name may also stand for a file below ``$MMENGINE_HOME``."""
-    prefix, _, model = filename.partition('://')
+    """Load a model of OpenMMLab's zoo by its name, from a URL or a file in ``$MMENGINE_HOME``."""
+    scheme, _, model = filename.partition('://')
     model = mmengine_checkpoint.get_deprecated_model_names().get(model, model)
-    target = _look_up(f'{prefix}://{model}', mmengine_checkpoint.get_external_models())
-    if target.startswith(('http://', 'https://')):
-        return load_from_http(target, map_location)
-    return load_from_local(osp.join(mmengine_checkpoint._get_mmengine_home(), target), map_location)
+    place = _look_up(f'{scheme}://{model}', mmengine_checkpoint.get_external_models())
+    if place.startswith(('http://', 'https://')):
+        return load_from_http(place, map_location)
+    return load_from_local(osp.join(mmengine_checkpoint._get_mmengine_home(), place), map_location)
 
 
 def load_from_mmcls(filename: str, map_location: MapLocation = None) -> Any:
-    """Load the backbone of an MMClassification model by name."""
+    """Load the backbone of a classification model of OpenMMLab's zoo by its name."""
     url = _look_up(filename, mmengine_checkpoint.get_mmcls_models())
     return mmengine_checkpoint._process_mmcls_checkpoint(load_from_http(url, map_location))
 
 
-def _look_up(filename: str, urls: dict[str, str]) -> str:
-    scheme, _, model = filename.partition('://')
-    if model not in urls:
-        raise CheckpointError(
-            f'{filename} names no known model: {scheme}:// knows {", ".join(sorted(urls)[:5])}, ...'
-        )
-    return urls[model]
+def _look_up(filename: str, places: dict[str, str]) -> str:
+    model = filename.partition('://')[2]
+    if model not in places:
+        similar = difflib.get_close_matches(model, places) or sorted(places)[:3]
+        raise CheckpointError(f'{filename} is no known model: did you mean {" or ".join(similar)}?')
+    return places[model]
 
 
 def load_from_ceph(filename: str, map_location: MapLocation = None) -> Any:
     """Load an object of an S3 or petrel store."""
-    backend = get_file_backend(filename, backend_args={'backend': 'petrel'})
+    backend = get_file_backend(filename, backend_args=dict(backend='petrel'))
     return load_file(io.BytesIO(backend.get(filename)), map_location, filename)
 
 
@@ -244,12 +260,12 @@ def load_from_pavi(filename: str, map_location: MapLocation = None) -> Any:
 
     model = modelcloud.get(filename.partition('://')[2])
     with tempfile.TemporaryDirectory() as folder:
-        path = osp.join(folder, osp.basename(model.name))
+        path = osp.join(folder, 'checkpoint')
         model.download(path)
         return load_file(path, map_location, filename)
 
 
-SCHEMES: dict[str, Callable] = {
+_SCHEMES: dict[str, Callable] = {
     '': load_from_local,
     'http://': load_from_http,
     'https://': load_from_http,
@@ -265,6 +281,6 @@ SCHEMES: dict[str, Callable] = {
 
 
 def register_safe_schemes() -> None:
-    """Make mmengine's ``CheckpointLoader``, which serves resume, ``init_cfg``, ``load_from`` and testing, use this module."""
-    for prefix, loader in SCHEMES.items():
+    """Let mmengine read checkpoints by this module: resume, ``load_from``, ``init_cfg``, tests."""
+    for prefix, loader in _SCHEMES.items():
         CheckpointLoader.register_scheme(prefix, loader, force=True)

@@ -1,4 +1,4 @@
-"""Training loops that resume without decoding what was already trained on."""
+"""A training loop that resumes without decoding what it has already trained on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,26 @@ from torch.utils.data import DataLoader, IterableDataset
 
 @LOOPS.register_module()
 class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
-    """mmengine's iteration-based loop; resuming at iteration N advances the sampler by N batches, not the loader.
+    """mmengine's iteration-based loop; a resume advances the sampler instead of the data loader.
 
-    The stock loop (mmengine 0.10.7) fetches, and so decodes and augments, one batch per past iteration before it
-    continues. Here a past iteration costs its indices alone, whatever the sampler, the batch sampler and the number of
-    workers. The batches that follow hold the same samples as in the uninterrupted run; random augmentations are drawn
-    anew. A data set without indices (``IterableDataset``) can only be read through, as the stock loop does.
+    The stock loop (mmengine 0.10.7) fetches, hence decodes and augments, one batch for each past
+    iteration. Here a past iteration costs its indices alone, with any sampler, batch sampler and
+    number of workers: some seconds for ten million samples, more where a batch sampler looks each
+    of them up (mmdet's ``AspectRatioBatchSampler``). The samples that follow are those of the
+    uninterrupted run; their random augmentation is drawn anew. A data set without indices
+    (``IterableDataset``) is read through, as the stock loop does.
 
-    Unlike the stock loop it starts the workers with the first batch, does not sleep between the epochs of a finite
-    sampler, and does not take the fork's ``fast_forward_on_resume``, which repeats the first samples.
+    Other differences: workers start with the first batch, not with the loop; the epochs of a finite
+    sampler follow each other without a pause; the OneDL fork's ``fast_forward_on_resume``, by which
+    a resumed run repeats its first samples, is not offered.
+
+    Args:
+        runner: The runner.
+        dataloader: The training loader or its config.
+        max_iters: Iterations of the whole training.
+        val_begin: The iteration that validation begins with.
+        val_interval: Iterations from one validation to the next.
+        dynamic_intervals: Pairs (iteration, ``val_interval`` from there on).
     """
 
     def __init__(
@@ -36,20 +47,24 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
     ) -> None:
         BaseLoop.__init__(self, runner, dataloader)
         dataloader = self.dataloader
-        # The stock constructor already starts the workers, before the runner knows whether it resumes.
-        idle = _Idle(dataset=dataloader.dataset)
-        super().__init__(runner, idle, max_iters, val_begin, val_interval, dynamic_intervals)
+        # The stock constructor iterates over the loader, which starts the workers and moves the
+        # sampler before the runner has resumed. It is given an empty one.
+        empty = _EmptyLoader(dataset=dataloader.dataset)
+        super().__init__(runner, empty, max_iters, val_begin, val_interval, dynamic_intervals)
         self.dataloader = dataloader
         self.dataloader_iterator = _BatchStream(self)
 
 
-class _Idle(SimpleNamespace):
+class _EmptyLoader(SimpleNamespace):
     def __iter__(self) -> Iterator:
         return iter(())
 
 
 class _BatchStream:
-    """Endless batches of a loop's loader; for an iteration that the loop has behind it, None."""
+    """The batches of a loop's loader without end; None for an iteration that lies behind the loop.
+
+    The stock loop resumes by discarding one batch per past iteration, so no more is needed.
+    """
 
     def __init__(self, loop: IterBasedTrainLoop) -> None:
         self._loop = loop
@@ -63,70 +78,71 @@ class _BatchStream:
         return self
 
     def __next__(self) -> Any:
-        past = self._position < self._loop.iter and not isinstance(
-            self._loader.dataset, IterableDataset
-        )
+        past = self._position < self._loop.iter
         self._position += 1
-        if past:
-            self._skip()
-            return None
+        if past and not isinstance(self._loader.dataset, IterableDataset):
+            return self._pass_over()
         if self._batches is None:
             if self._indices is not None:
-                _continue_from(self._loader, self._indices)
+                _continue_from(self._indices, self._loader)
             self._batches = iter(self._loader)
         try:
             return next(self._batches)
         except StopIteration:
-            self._next_epoch()
+            self._begin_epoch()
             self._batches = iter(self._loader)
             return next(self._batches)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Pass over the given number of batches; newer versions of the stock loop call it on resuming."""
+        """Pass over ``num_iters`` batches, as the OneDL fork's loop asks for instead."""
         for _ in range(num_iters):
             next(self)
 
-    def _skip(self) -> None:
+    def _pass_over(self) -> None:
+        sampler = getattr(self._loader, _sampler_key(self._loader))
         if self._indices is None:
-            self._indices = iter(self._loader._index_sampler)
+            self._indices = iter(sampler)
         try:
             next(self._indices)
         except StopIteration:
-            self._next_epoch()
-            self._indices = iter(self._loader._index_sampler)
+            self._begin_epoch()
+            self._indices = iter(sampler)
             next(self._indices)
 
-    def _next_epoch(self) -> None:
+    def _begin_epoch(self) -> None:
         self._epoch += 1
-        batch_sampler = getattr(self._loader, 'batch_sampler', None)
-        for sampler in (self._loader.sampler, getattr(batch_sampler, 'sampler', None)):
+        inner = getattr(self._loader.batch_sampler, 'sampler', None)
+        for sampler in (self._loader.sampler, inner):
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(self._epoch)
-                return
+                break
+
+
+def _sampler_key(loader: DataLoader) -> str:
+    """The attribute that a loader takes its indices from."""
+    return 'sampler' if loader.batch_sampler is None else 'batch_sampler'
+
+
+def _continue_from(indices: Iterator, loader: DataLoader) -> None:
+    """Let the next epoch of ``loader`` go on with ``indices``, which are under way."""
+    key = _sampler_key(loader)
+    # A loader refuses to have its sampler set; to build another one would copy all its options.
+    loader.__dict__[key] = _Continued(getattr(loader, key), indices)
 
 
 class _Continued:
-    """A sampler whose first iteration is already under way."""
+    """A sampler whose first iteration has begun elsewhere."""
 
-    def __init__(self, sampler: Any, head: Iterator) -> None:
+    def __init__(self, sampler: Any, begun: Iterator) -> None:
         self._sampler = sampler
-        self._head: Iterator | None = head
+        self._begun: Iterator | None = begun
 
     def __iter__(self) -> Iterator:
-        head, self._head = self._head, None
-        return iter(self._sampler) if head is None else head
+        begun, self._begun = self._begun, None
+        return iter(self._sampler) if begun is None else begun
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
-
-
-def _continue_from(loader: DataLoader, indices: Iterator) -> None:
-    """Let the loader's next iteration go on with ``indices``.
-
-    A loader refuses a new sampler once it is built, so the entry of its ``__dict__`` is exchanged.
-    """
-    key = 'sampler' if loader.batch_sampler is None else 'batch_sampler'
-    loader.__dict__[key] = _Continued(loader.__dict__[key], indices)
