@@ -159,7 +159,7 @@ class OpenWorldEvaluator:
             metrics[f'{name}_AP'] = _mean(precision[:, 0])
             metrics[f'{name}_AP50'] = _mean(precision[0, :1])
             metrics[f'{name}_AP75'] = _mean(precision[5, :1])
-            for a, suffix in enumerate(suffixes):
+            for a, suffix in enumerate(suffixes[1:], start=1):
                 metrics[f'{name}_AP{suffix}'] = _mean(precision[:, a])
             for k in self.max_dets:
                 for a, suffix in enumerate(suffixes):
