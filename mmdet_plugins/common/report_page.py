@@ -74,13 +74,12 @@ def render(
     first = next(iter(metrics))
     top = axis_top(curves, bins)
     facts = [counted(num_images, 'image'), counted(num_objects, 'object')]
-    others = [escape(name) for name in metrics if name != first]
-    beside = f', beside {" and ".join(filter(None, [", ".join(others[:-1]), *others[-1:]]))}'
+    beside = ''.join(f', {escape(name)}' for name in metrics if name != first)
     body = f"""
 <header>
 <h1>{escape(title)}</h1>
 <p class="lede">{' and '.join(facts)}, every object counted whatever its class.
-Results of <b>{escape(first)}</b>{beside if others else ''}.</p>
+Results of <b>{escape(first)}</b>{beside and f' beside {beside[2:]}'}.</p>
 {tiles(metrics[first])}
 </header>
 <section id="plots">
