@@ -89,7 +89,7 @@ class Facts:
     errors: dict[str, str] = field(default_factory=dict)
     gpu: str | None = None
     mim_folders: dict[str, bool] = field(default_factory=dict)  # host -> its .mim is there
-    doubled: dict[str, list[str]] = field(default_factory=dict)  # several providers of one import
+    doubled: dict[str, dict[str, str]] = field(default_factory=dict)  # all providers of one import
 
     def version(self, name: str) -> tuple[int, ...]:
         """Numeric version of an import name; empty when it is not installed."""
@@ -159,12 +159,13 @@ def check_mmengine(facts: Facts) -> Iterator[Finding]:
 
 
 def check_doubled(facts: Facts) -> Iterator[Finding]:
-    for name, distributions in facts.doubled.items():
-        yield Finding(
-            'broken',
-            f'{" and ".join(distributions)} write into the same package {name}',
-            f'pip uninstall -y {" ".join(distributions)} && {REMAKE}',
-        )
+    for name, found in facts.doubled.items():
+        if len(set(found.values())) > 1:  # equal versions write equal files
+            yield Finding(
+                'broken',
+                f'{" and ".join(map(" ".join, found.items()))} write into the same package {name}',
+                f'pip uninstall -y {" ".join(found)} && {REMAKE}',
+            )
 
 
 def check_compiled_ops(facts: Facts) -> Iterator[Finding]:
@@ -264,7 +265,7 @@ def gather() -> Facts:
         if found:
             facts.versions[name] = found[0]
         if len(found) > 1:
-            facts.doubled[name] = [distribution for distribution, _ in found]
+            facts.doubled[name] = dict(found)
     for name in ('mmdet', 'mmseg'):
         if name in facts.versions:
             facts.mim_folders[name] = (site / name / '.mim' / 'configs').is_dir()

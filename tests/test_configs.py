@@ -1,0 +1,183 @@
+"""Every shipped config: its name, its chain of bases, and one training step at reduced size."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import (
+    DATASETS,
+    HOOKS,
+    LOOPS,
+    METRICS,
+    MODELS,
+    TRANSFORMS,
+    DefaultScope,
+    init_default_scope,
+)
+from mmengine.structures import PixelData
+from mmengine.utils import get_installed_path
+
+from mmdet_plugins.cli import shipped_configs
+
+ROOT = Path(__file__).resolve().parents[1] / 'configs'
+LEAVES = shipped_configs(ROOT)
+IMAGE_HW = (96, 128)
+PATTERN = r'[a-z\d-]+(_[a-z\d-]+){2}_\d+xb\d+-[a-z\d]+_[a-z\d-]+'  # method_backbone_neck_batch_data
+USERS_NAMES = {'cascade_rpn_swinl', 'cascade_rpn_swinl_uvo-finetune'}
+
+
+def by_size(names: Iterator[str]) -> list:
+    """Test parameters; the largest backbones are slow."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if re.search('swin-?l', name) else ())
+        for name in names
+    ]
+
+
+def assigned(path: Path) -> dict[str, ast.expr]:
+    """Names that a config file assigns itself, with their expressions."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    return {node.targets[0].id: node.value for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}  # fmt: skip
+
+
+def bases(path: Path) -> list[Path]:
+    """Files that a config names as its bases, those of the hosts included."""
+    value = ast.literal_eval(assigned(path).get('_base_', ast.Constant([])))
+    found = []
+    for base in [value] if isinstance(value, str) else value:
+        host, _, inner = base.rpartition('::')
+        root = Path(get_installed_path(host)) / '.mim' / 'configs' if host else path.parent
+        found.append((root / inner).resolve())
+    return found
+
+
+def chain(path: Path) -> list[Path]:
+    return [path, *(file for base in bases(path) for file in chain(base))]
+
+
+def depth(path: Path) -> int:
+    return max((1 + depth(base) for base in bases(path)), default=0)
+
+
+def test_names_are_unique_and_follow_the_pattern():
+    stems = [path.stem for path in ROOT.rglob('*.py') if '_base_' not in path.parts]
+    assert len(set(stems)) == len(stems) > 0
+    for name, path in LEAVES.items():
+        if path.parent.name == 'tiny':
+            assert re.fullmatch(r'[a-z\d-]+_tiny(_[a-z\d-]+)?', name), name
+        else:
+            assert name in USERS_NAMES or re.fullmatch(PATTERN, name), name
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_chain_is_short_and_registers_once(name):
+    path = LEAVES[name]
+    assert depth(path) <= 3
+    definitions = [file for file in set(chain(path)) if 'custom_imports' in assigned(file)]
+    assert len(definitions) == 1, [str(file) for file in definitions]
+    imports = Config.fromfile(path, import_custom_modules=False).custom_imports
+    assert imports.imports[0] == 'mmdet_plugins.common.runtime'
+    assert imports.allow_failed_imports is False
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.rglob('*.py')), ids=lambda path: path.stem)
+def test_lists_are_not_patched_by_number(path):
+    """``pipeline={1: ...}`` changes whatever stands second today."""
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        for key in node.keys if isinstance(node, ast.Dict) else ():
+            assert not (isinstance(key, ast.Constant) and str(key.value).isdigit()), (
+                f'{path.name}:{node.lineno} patches a list by number'
+            )
+
+
+def walk(node) -> Iterator[ConfigDict]:
+    """Every dict inside a config value, outermost first."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, (dict, list, tuple)):
+            yield from walk(child)
+
+
+def without_weights(model: ConfigDict) -> ConfigDict:
+    """``model`` with nothing to download."""
+    for node in walk(model):
+        if node.get('init_cfg'):
+            node['init_cfg'] = None
+        if node.get('pretrained'):
+            node['pretrained'] = False if node['pretrained'] is True else None
+    return model
+
+
+def detection_batch() -> dict:
+    from mmdet.testing import demo_mm_inputs
+
+    shapes = [[3, *IMAGE_HW], [3, IMAGE_HW[0] - 16, IMAGE_HW[1] - 32]]
+    return demo_mm_inputs(2, shapes, num_items=[3, 0], num_classes=1)
+
+
+def segmentation_batch() -> dict:
+    from mmseg.structures import SegDataSample
+
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for _ in range(2):
+        labels = torch.zeros(1, *IMAGE_HW, dtype=torch.long)
+        labels[:, 20:70, 30:100] = 1
+        sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
+        sample.set_metainfo(dict(img_shape=IMAGE_HW, ori_shape=IMAGE_HW, pad_shape=IMAGE_HW))
+        samples.append(sample)
+    images = torch.randint(0, 256, (2, 3, *IMAGE_HW), generator=generator, dtype=torch.uint8)
+    return dict(inputs=list(images), data_samples=samples)
+
+
+@pytest.mark.parametrize('name', by_size(LEAVES))
+def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    cfg = Config.fromfile(LEAVES[name])
+    init_default_scope(cfg.default_scope)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        segmenter = cfg.default_scope == 'mmseg'
+        if segmenter:
+            cfg.model.data_preprocessor.size = IMAGE_HW
+        model = revert_sync_batchnorm(MODELS.build(without_weights(cfg.model))).train()
+        cfg.optim_wrapper.type = 'OptimWrapper'  # AmpOptimWrapper wants a GPU
+        cfg.optim_wrapper.pop('loss_scale', None)
+        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        before = {key: value.detach().clone() for key, value in model.named_parameters()}
+        logged = model.train_step(segmentation_batch() if segmenter else detection_batch(), wrapper)
+    assert all(torch.isfinite(value).all() for value in logged.values())
+    assert logged['loss'] > 0
+    for part, module in model.named_children():
+        trained = [key for key, value in module.named_parameters(part) if value.requires_grad]
+        state = dict(model.named_parameters())
+        moved = [key for key in trained if not torch.equal(before[key], state[key])]
+        assert not trained or moved, f'no parameter of {part} was trained'
+    assert not list(tmp_path.iterdir()), 'building a config writes nothing'
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_every_named_type_is_registered(name):
+    cfg = Config.fromfile(LEAVES[name])
+    init_default_scope(cfg.default_scope)
+    hooks = [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]
+    wanted = [(HOOKS, hook) for hook in hooks] + [(LOOPS, cfg.train_cfg)]
+    for split in ('train', 'val', 'test'):
+        loader, evaluator = cfg[f'{split}_dataloader'], cfg.get(f'{split}_evaluator') or []
+        wanted += [
+            (METRICS, one) for one in ([evaluator] if isinstance(evaluator, dict) else evaluator)
+        ]
+        for node in walk(loader.dataset):
+            wanted += [(TRANSFORMS, step) for step in node.get('pipeline', [])]
+            wanted += [(DATASETS, node)] if 'pipeline' in node else []
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        for registry, node in wanted:
+            assert registry.get(node.get('type', 'EpochBasedTrainLoop')) is not None, node
