@@ -9,7 +9,9 @@ writes into the batch, about six times faster there than torch's resize; on othe
 ``grid_sample`` takes all crops, to within float rounding of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rle import RLE, column_buffer, encode_columns
+from .rle import column_buffer
 
 
 def expand_boxes(boxes_xyxy, margin_px: float, image_hw: tuple[int, int]) -> np.ndarray:
@@ -53,10 +55,21 @@ def expand_boxes(boxes_xyxy, margin_px: float, image_hw: tuple[int, int]) -> np.
     return boxes
 
 
+@contextmanager
+def crop_threads() -> Iterator[Callable]:
+    """Yield a ``map`` over as many threads as torch uses on the CPU."""
+    # Intel's primitives resize float planes slower than OpenCV's own code: off, in these threads.
+    with ThreadPoolExecutor(
+        torch.get_num_threads(), initializer=cv2.ipp.setUseIPP, initargs=(False,)
+    ) as pool:
+        yield pool.map
+
+
 def crop_resize(
     frame: Tensor,
     boxes_xyxy: np.ndarray,
     size_hw: tuple[int, int],
+    flip: bool = False,
     out: Tensor | None = None,
     map: Callable = map,  # noqa: A002
 ) -> Tensor:
@@ -66,25 +79,32 @@ def crop_resize(
         frame: float32 ``[C, H, W]``.
         boxes_xyxy: int ``[N, 4]`` inside the frame, none empty.
         size_hw: ``h, w``.
-        out: float32 ``[N, C, h, w]`` to write into, on the device of the frame.
+        flip: Append the N crops once more, mirrored left to right.
+        out: float32 ``[N or 2N, C, h, w]`` to write into, on the device of the frame.
         map: What runs the crops on the CPU; the ``map`` of a thread pool uses its threads.
 
     Returns:
-        float32 ``[N, C, h, w]``.
+        float32 ``[N, C, h, w]``, or ``[2N, C, h, w]`` with ``flip``.
     """
-    if frame.device.type != 'cpu':
-        crops = _grid_crops(frame, boxes_xyxy, size_hw)
-        return crops if out is None else out.copy_(crops)
+    number = len(boxes_xyxy)
     if out is None:
-        out = frame.new_empty(len(boxes_xyxy), len(frame), *size_hw)
-    planes, target = frame.numpy(), out.numpy()
+        out = frame.new_empty(number * (1 + flip), len(frame), *size_hw)
+    if frame.device.type != 'cpu':
+        out[:number] = _grid_crops(frame, boxes_xyxy, size_hw)
+        if flip:
+            out[number:] = out[:number].flip(3)
+        return out
+    planes, slots = frame.numpy(), out.numpy()
 
     def sample(index: int) -> None:
         x1, y1, x2, y2 = boxes_xyxy[index]
-        for plane, slot in zip(planes, target[index], strict=True):
+        for channel, plane in enumerate(planes):
+            slot = slots[index, channel]
             cv2.resize(plane[y1:y2, x1:x2], size_hw[::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
+            if flip:
+                cv2.flip(slot, 1, dst=slots[number + index, channel])
 
-    for _ in map(sample, range(len(boxes_xyxy))):
+    for _ in map(sample, range(number)):
         pass
     return out
 
@@ -107,53 +127,37 @@ def _grid_crops(frame: Tensor, boxes_xyxy: np.ndarray, size_hw: tuple[int, int])
     return F.grid_sample(frames, grid, padding_mode='border', align_corners=True)
 
 
-def encode_logits(
+def crop_masks(
     logits: Tensor,
     boxes_xyxy: np.ndarray,
-    image_hw: tuple[int, int],
     map: Callable = map,  # noqa: A002
-) -> list[RLE]:
-    """Resample logit maps to their boxes, threshold at 0, and encode as masks of the frame.
+) -> tuple[Tensor, list[Tensor]]:
+    """Resample logit maps to their boxes and threshold them at 0.
 
     Args:
         logits: float32 ``[N, a, b]``; positive is foreground.
-        boxes_xyxy: int ``[N, 4]`` inside the frame, none empty.
-        image_hw: Size of the frame.
+        boxes_xyxy: int ``[N, 4]``, none empty.
         map: As in :func:`crop_resize`.
 
     Returns:
-        N encodings. Never a full frame; a crop as float for one box a thread only.
+        A filled :func:`~mmdet_plugins.ops.rle.column_buffer` on the device of the logits, and its N
+        views: masks as large as their boxes, transposed. Only one box a thread is ever float.
     """
-    shapes_hw = [(int(y2 - y1), int(x2 - x1)) for x1, y1, x2, y2 in boxes_xyxy]
+    shapes_hw = [(y2 - y1, x2 - x1) for x1, y1, x2, y2 in boxes_xyxy.tolist()]
     buffer, columns = column_buffer(shapes_hw, logits.device)
-    _threshold(logits.transpose(1, 2), columns, map)
-    return encode_columns(buffer, shapes_hw, boxes_xyxy[:, :2], image_hw)
-
-
-def paste_logits(
-    logits: Tensor,
-    boxes_xyxy: np.ndarray,
-    masks: np.ndarray | Tensor,
-    map: Callable = map,  # noqa: A002
-) -> None:
-    """Resample logit maps as :func:`encode_logits` does, into zeroed ``[N, H, W]`` bool masks."""
-    masks = torch.as_tensor(masks).view(torch.uint8)
-    views = [m[y1:y2, x1:x2] for m, (x1, y1, x2, y2) in zip(masks, boxes_xyxy, strict=True)]
-    _threshold(logits, views, map)
-
-
-def _threshold(logits: Tensor, views: Sequence[Tensor], map: Callable) -> None:  # noqa: A002
+    maps = logits.transpose(1, 2).contiguous()
     if logits.device.type != 'cpu':
-        for logit, view in zip(logits, views, strict=True):
-            resized = F.interpolate(logit[None, None], view.shape, mode='bilinear')
-            torch.gt(resized[0, 0], 0, out=view.view(torch.bool))
-        return
-    maps = logits.contiguous().numpy()
+        for logit, column in zip(maps, columns, strict=True):
+            resized = F.interpolate(logit[None, None], column.shape, mode='bilinear')
+            column.copy_(resized[0, 0] > 0)
+        return buffer, columns
+    arrays = maps.numpy()
 
     def fill(index: int) -> None:
-        view = views[index].numpy()
-        resized = cv2.resize(maps[index], view.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        np.greater(resized, 0, out=view.view(bool))
+        column = columns[index].numpy()
+        resized = cv2.resize(arrays[index], column.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        np.greater(resized, 0, out=column.view(bool))
 
-    for _ in map(fill, range(len(views))):
+    for _ in map(fill, range(len(columns))):
         pass
+    return buffer, columns
