@@ -186,8 +186,8 @@ def _pairwise_iou(iou_type: str, objects: Objects, detections: Detections) -> np
     return boundary_iou(detections.rles, objects.rles, objects.crowd, min_iou=IOU_THRESHOLDS[0])
 
 
-def _by_score(detections: Detections, limit: int | None = None) -> np.ndarray:
-    return np.argsort(-detections.scores, kind='stable')[:limit]
+def _by_score(detections: Detections) -> np.ndarray:
+    return np.argsort(-detections.scores, kind='stable')
 
 
 def _off_ignored(iou_type: str, objects: Objects, detections: Detections,
@@ -250,11 +250,11 @@ class _StreamEngine:
         params.iou_thrs = IOU_THRESHOLDS.tolist()
         self._stream = hotcoco.StreamingEval([_CATEGORY], iou_type, params=params)
         self._pending: list[tuple[int, list[dict], Any]] = []
-        self._num_objects = 0
+        self._next_id = 1
 
     def update(self, image_id: int, objects: Objects, detections: Detections) -> None:
-        truths = _annotations(image_id, objects, self.iou_type == 'segm', self._num_objects)
-        self._num_objects += len(objects)
+        truths = _annotations(image_id, objects, self.iou_type == 'segm', self._next_id)
+        self._next_id += len(objects)
         if self.iou_type == 'bbox':
             found = np.ones((len(detections), 7))
             found[:, 0] = image_id
@@ -297,87 +297,84 @@ class _GreedyEngine:
 
     def __init__(self, iou_type: str, budgets: tuple[int, ...]) -> None:
         self.iou_type, self.budgets = iou_type, budgets
-        self._num_objects = np.zeros(len(AREAS), dtype=np.int64)
-        self._num_found = np.zeros((len(IOU_THRESHOLDS), len(AREAS), len(budgets)), dtype=np.int64)
-        # image id -> scores [D], true positives and ignored [A, T, D] of its first 100 detections
-        self._top: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        # By image: scores [D], true positives and ignored [A, T, D] of its first 100 detections,
+        # number of objects [A], and of those found within each budget [T, A, K].
+        self._images: dict[int, tuple[np.ndarray, ...]] = {}
 
     def update(self, image_id: int, objects: Objects, detections: Detections) -> None:
-        detections = detections[_by_score(detections, self.budgets[-1])]
-        areas = objects.areas
+        detections = detections[_by_score(detections)[:self.budgets[-1]]]
         low, high = np.array(list(AREAS.values())).T[:, :, None]
-        ignored = objects.crowd | (areas < low) | (areas > high)
+        ignored = objects.crowd | (objects.areas < low) | (objects.areas > high)
         ious = _pairwise_iou(self.iou_type, objects, detections)
         matches = greedy_match(ious, ignored, objects.crowd)
-        found = mask_area(detections.rles)
-        outside = ((found < low) | (found > high))[:, None]
+        matched = matches >= 0
         view = np.arange(len(AREAS))[:, None, None]
-        on_ignored = (matches >= 0) & ignored[view, matches] if len(objects) else matches >= 0
-        true = (matches >= 0) & ~on_ignored
-        self._num_objects += (~ignored).sum(1)
-        for k, budget in enumerate(self.budgets):
-            self._num_found[..., k] += true[..., :budget].sum(-1).T
+        on_ignored = matched & ignored[view, matches] if len(objects) else matched
+        areas = mask_area(detections.rles)
+        out_of_range = ((areas < low) | (areas > high))[:, None]
+        true = matched & ~on_ignored
+        found = [true[..., :budget].sum(-1).T for budget in self.budgets]
         top = slice(AP_BUDGET)
-        self._top[image_id] = (detections.scores[top], true[..., top],
-                               (on_ignored | ((matches < 0) & outside))[..., top])
+        self._images[image_id] = (
+            detections.scores[top], true[..., top],
+            (on_ignored | (~matched & out_of_range))[..., top],
+            (~ignored).sum(1), np.stack(found, -1).astype(np.int32))
 
     def join(self, engines: Sequence['_GreedyEngine']) -> None:
         for engine in engines:
-            self._num_objects += engine._num_objects
-            self._num_found += engine._num_found
-            self._top.update(engine._top)
+            self._images.update(engine._images)
 
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
         """``[T, A]`` average precision at 100 detections and ``[T, A, K]`` recall."""
-        scores, true, ignored = (np.concatenate(parts, -1) for parts in zip(
-            *(self._top[i] for i in sorted(self._top)), strict=True))
-        precision = np.full(self._num_found.shape[:2], -1.0)
-        recall = np.full(self._num_found.shape, -1.0)
-        for a in np.flatnonzero(self._num_objects):
-            recall[:, a] = self._num_found[:, a] / self._num_objects[a]
+        scores, true, ignored, num_objects, num_found = zip(
+            *(self._images[i] for i in sorted(self._images)), strict=True)
+        scores, true, ignored = (np.concatenate(x, -1) for x in (scores, true, ignored))
+        num_objects, num_found = sum(num_objects), sum(num_found)
+        precision, recall = np.full(num_found.shape[:2], -1.0), np.full(num_found.shape, -1.0)
+        for a in np.flatnonzero(num_objects):
+            recall[:, a] = num_found[:, a] / num_objects[a]
             for t in range(len(IOU_THRESHOLDS)):
                 precision[t, a] = hotcoco.metrics.average_precision(
-                    scores, true[a, t], int(self._num_objects[a]), ignored=ignored[a, t])
+                    scores, true[a, t], int(num_objects[a]), ignored=ignored[a, t])
         return precision, recall
 
 
 class _TideErrors:
-    """What is needed to sort errors at the end: TIDE moves detections between images' rankings."""
+    """What sorting errors takes, kept to the end: an error's cost shows in the whole ranking."""
 
     def __init__(self, iou_type: str) -> None:
         self.iou_type = iou_type
-        self._images: list[int] = []
-        self._truths: list[dict] = []
-        self._results: list[dict] = []
+        self._images: dict[int, tuple[list[dict], list[dict]]] = {}
 
     def update(self, image_id: int, objects: Objects, detections: Detections) -> None:
-        self._images.append(image_id)
-        self._truths += _annotations(image_id, objects, self.iou_type == 'segm', len(self._truths))
-        top = detections[_by_score(detections, AP_BUDGET)]
-        self._results += _results(image_id, top, self.iou_type)
+        top = detections[_by_score(detections)[:AP_BUDGET]]
+        self._images[image_id] = (_annotations(image_id, objects, self.iou_type == 'segm'),
+                                  _results(image_id, top, self.iou_type))
 
     def join(self, others: Sequence['_TideErrors']) -> None:
         for other in others:
-            self._images += other._images
-            self._results += other._results
-            self._truths += [{**t, 'id': t['id'] + len(self._truths)} for t in other._truths]
+            self._images.update(other._images)
 
     def compute(self) -> dict[str, float]:
-        gt = hotcoco.COCO({'images': [{'id': i} for i in self._images], 'categories': [_CATEGORY],
-                           'annotations': self._truths})
-        evaluation = hotcoco.COCOeval(gt, gt.load_res(self._results), self.iou_type)
+        ids = sorted(self._images)
+        truths = [annotation for i in ids for annotation in self._images[i][0]]
+        gt = hotcoco.COCO({'images': [{'id': i} for i in ids], 'categories': [_CATEGORY],
+                           'annotations': [{**t, 'id': n} for n, t in enumerate(truths, start=1)]})
+        found = gt.load_res([result for i in ids for result in self._images[i][1]])
+        evaluation = hotcoco.COCOeval(gt, found, self.iou_type)
         evaluation.evaluate()
         costs = evaluation.tide_errors()['delta_ap']
         return {kind: costs[kind] for kind in ('Loc', 'Dupe', 'Bkg', 'Miss', 'FP', 'FN')}
 
 
-def _annotations(image_id: int, objects: Objects, with_masks: bool, first_id: int) -> list[dict]:
+def _annotations(image_id: int, objects: Objects, with_masks: bool,
+                 first_id: int = 1) -> list[dict]:
     annotations = [
         {'id': i, 'image_id': image_id, 'category_id': 1, 'bbox': box, 'area': area,
          'iscrowd': int(crowd)}
         for i, (box, area, crowd) in enumerate(
             zip(objects.boxes_xywh.tolist(), objects.areas.tolist(), objects.crowd, strict=True),
-            start=first_id + 1)]
+            start=first_id)]
     if with_masks:
         for annotation, rle in zip(annotations, objects.rles, strict=True):
             annotation['segmentation'] = rle
