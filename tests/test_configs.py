@@ -20,7 +20,7 @@ from mmengine.registry import (
     DefaultScope,
     init_default_scope,
 )
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from mmengine.utils import get_installed_path
 
 from mmdet_plugins.cli import shipped_configs
@@ -116,17 +116,32 @@ def without_weights(model: ConfigDict) -> ConfigDict:
     return model
 
 
-def detection_batch() -> dict:
-    from mmdet.testing import demo_mm_inputs
+def noise(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
-    shapes = [[3, *IMAGE_HW], [3, IMAGE_HW[0] - 16, IMAGE_HW[1] - 32]]
-    return demo_mm_inputs(2, shapes, num_items=[3, 0], num_classes=1)
+
+def detection_batch() -> dict:
+    """Two images of different size, three objects in the first one and none in the second."""
+    from mmdet.structures import DetDataSample
+
+    boxes_xyxy = torch.tensor(
+        [[5.0, 8.0, 40.0, 90.0], [30.0, 20.0, 120.0, 70.0], [60.0, 3.0, 75.0, 20.0]]
+    )
+    samples = []
+    for shape_hw, gt_xyxy in ((IMAGE_HW, boxes_xyxy), ((80, 96), boxes_xyxy[:0])):
+        labels = gt_xyxy.new_zeros(len(gt_xyxy), dtype=torch.long)
+        sample = DetDataSample(
+            gt_instances=InstanceData(bboxes=gt_xyxy, labels=labels),
+            ignored_instances=InstanceData(bboxes=gt_xyxy[:0], labels=labels[:0]),
+        )
+        sample.set_metainfo(dict(img_shape=shape_hw, ori_shape=shape_hw, scale_factor=(1.0, 1.0)))
+        samples.append(sample)
+    return dict(inputs=[noise(*sample.img_shape) for sample in samples], data_samples=samples)
 
 
 def segmentation_batch() -> dict:
     from mmseg.structures import SegDataSample
 
-    generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(2):
         labels = torch.zeros(1, *IMAGE_HW, dtype=torch.long)
@@ -134,8 +149,7 @@ def segmentation_batch() -> dict:
         sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
         sample.set_metainfo(dict(img_shape=IMAGE_HW, ori_shape=IMAGE_HW, pad_shape=IMAGE_HW))
         samples.append(sample)
-    images = torch.randint(0, 256, (2, 3, *IMAGE_HW), generator=generator, dtype=torch.uint8)
-    return dict(inputs=list(images), data_samples=samples)
+    return dict(inputs=[noise(*IMAGE_HW) for _ in samples], data_samples=samples)
 
 
 @pytest.mark.parametrize('name', by_size(LEAVES))
@@ -180,4 +194,5 @@ def test_every_named_type_is_registered(name):
             wanted += [(DATASETS, node)] if 'pipeline' in node else []
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         for registry, node in wanted:
-            assert registry.get(node.get('type', 'EpochBasedTrainLoop')) is not None, node
+            with registry.switch_scope_and_registry(node.get('_scope_')) as scoped:
+                assert scoped.get(node.get('type', 'EpochBasedTrainLoop')) is not None, node
