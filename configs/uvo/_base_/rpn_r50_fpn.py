@@ -6,6 +6,7 @@ custom_imports = dict(
     imports=[
         'mmdet_plugins.common.runtime',
         'mmdet_plugins.common.hooks',
+        'mmdet_plugins.common.loops',
         'mmdet_plugins.common.datasets',
         'mmdet_plugins.common.open_world_metric',
     ],
