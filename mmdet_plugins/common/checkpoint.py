@@ -26,6 +26,7 @@ import torch
 from mmengine.dist import get_dist_info
 from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
@@ -41,8 +42,8 @@ class _RefusedError(pickle.UnpicklingError):
 
 
 def _getattr(owner: Any, name: Any) -> Callable:
-    """Look up a statistic of ``HistoryBuffer``, which pickles its table of them by ``getattr``."""
-    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+    """Look up a function that mmengine saves by its name in a class."""
+    if isinstance(owner, type) and name in _METHODS.get(owner, ()):
         return getattr(owner, name)
     raise _RefusedError(f'getattr({getattr(owner, "__name__", type(owner).__name__)}, {name!r})')
 
@@ -54,26 +55,40 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-# All that training checkpoints of mmdet and mmseg ask for. Each value does no more than build data
-# from its arguments. Names are compared whole, so that a dotted one leads nowhere.
-_ALLOWED: dict[str, Any] = {
+def _empty_bytes() -> bytes:
+    """Restore bytes of length 0, which protocol 2 writes as a call of ``bytes``."""
+    return b''
+
+
+# The tables of statistics in each HistoryBuffer, and the curve in the state of a OneCycleLR.
+_METHODS = {
+    HistoryBuffer: ('min', 'max', 'current', 'mean'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
+# All that training checkpoints of mmdet and mmseg ask for. What may be called does no more than
+# build data from its arguments. Names are compared whole, so that a dotted one leads nowhere.
+_MAY_BE_CALLED: dict[str, Callable] = {
+    'builtins.bytes': _empty_bytes,
     'builtins.getattr': _getattr,
     '_codecs.encode': _encode,
     'collections.Counter': collections.Counter,
     'collections.OrderedDict': collections.OrderedDict,
     'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
     'numpy.dtype': np.dtype,
-    'numpy.ndarray': np.ndarray,
     'numpy._core.multiarray._reconstruct': np.empty(0).__reduce__()[0],
     'numpy._core.multiarray.scalar': np.float64(0).__reduce__()[0],
     'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
 }
+_MAY_BE_NAMED: dict[str, type] = {
+    'numpy.ndarray': np.ndarray,
+    'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler': OneCycleParamScheduler,
+}
+_MAY_HAVE_STATE = (collections.OrderedDict, HistoryBuffer, np.ndarray, np.dtype)
 _MOVED = {'__builtin__': 'builtins', 'numpy.core.multiarray': 'numpy._core.multiarray'}
-_WITH_STATE = (collections.OrderedDict, HistoryBuffer, np.ndarray, np.dtype)
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler that finds and calls what is in ``_ALLOWED``, and nothing else.
+    """An unpickler that finds and calls what is listed above, and nothing else.
 
     It extends Python's pure implementation, where opcodes can be restricted as well. The compiled
     one calls whatever callable lies on its stack, and a "state" may set attributes of functions and
@@ -84,9 +99,11 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         path = f'{_MOVED.get(module, module)}.{name}'
-        if path not in _ALLOWED:
-            raise _RefusedError(path)
-        return _ALLOWED[path]
+        if path in _MAY_BE_CALLED:
+            return _MAY_BE_CALLED[path]
+        if path in _MAY_BE_NAMED:
+            return _MAY_BE_NAMED[path]
+        raise _RefusedError(path)
 
     def load_reduce(self) -> None:
         self._check_callable()
@@ -97,7 +114,7 @@ class _Unpickler(pickle._Unpickler):
         super().load_newobj()
 
     def load_build(self) -> None:
-        if not isinstance(self.stack[-2], _WITH_STATE):
+        if not isinstance(self.stack[-2], _MAY_HAVE_STATE):
             raise _RefusedError(f'setting the state of {self.stack[-2]!r}')
         super().load_build()
 
@@ -105,7 +122,7 @@ class _Unpickler(pickle._Unpickler):
         raise _RefusedError('an obsolete way of building objects')
 
     def _check_callable(self) -> None:
-        if not any(self.stack[-2] is allowed for allowed in _ALLOWED.values()):
+        if not any(self.stack[-2] is allowed for allowed in _MAY_BE_CALLED.values()):
             raise _RefusedError(f'a call of {self.stack[-2]!r}')
 
     dispatch[pickle.REDUCE[0]] = load_reduce

@@ -95,7 +95,7 @@ class AtomicCheckpointHook(CheckpointHook):
             if self.max_keep_ckpts > 0:
                 for outdated in kept[: -self.max_keep_ckpts]:
                     filename = self.filename_tmpl.format(outdated)
-                    self._remove(self.file_backend.join_path(self.out_dir, filename))
+                    self._remove(runner, self.file_backend.join_path(self.out_dir, filename))
                 self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
                 runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
 
@@ -110,13 +110,19 @@ class AtomicCheckpointHook(CheckpointHook):
             best = {getattr(self, 'best_ckpt_path', None)}
             best.update(getattr(self, 'best_ckpt_path_dict', {}).values())
             for path in set(postponed.paths) - best:
-                self._remove(path)
+                self._remove(runner, path)
 
-    def _remove(self, path: str) -> None:
+    def _remove(self, runner, path: str) -> None:
         """Delete a checkpoint: a file, or the folder that some model-parallel strategies write."""
-        if is_main_process() and self.file_backend.exists(path):
-            is_folder = self.file_backend.isdir(path)
-            (self.file_backend.rmtree if is_folder else self.file_backend.remove)(path)
+        if not is_main_process():
+            return
+        try:
+            if self.file_backend.isdir(path):
+                self.file_backend.rmtree(path)
+            elif self.file_backend.exists(path):
+                self.file_backend.remove(path)
+        except OSError as error:
+            runner.logger.warning(f'{path} is outdated but cannot be removed ({error}).')
 
     @contextlib.contextmanager
     def _undone_on_failure(self, runner, is_last: bool = False) -> Iterator[None]:
@@ -129,7 +135,7 @@ class AtomicCheckpointHook(CheckpointHook):
         except OSError as error:
             for key in set(hub.runtime_info) - set(info):
                 hub.pop_info(key)
-            for key in [key for key in info if hub.runtime_info[key] is not info[key]]:
+            for key in [key for key in info if hub.runtime_info.get(key) is not info[key]]:
                 hub.update_info(key, info[key])
             vars(self).update(own)
             message = (

@@ -138,8 +138,10 @@ class _Continued:
         self._begun: Iterator | None = begun
 
     def __iter__(self) -> Iterator:
+        # A generator, so that nothing happens before the first index: a loader with workers asks
+        # for two iterators and uses the second.
         begun, self._begun = self._begun, None
-        return iter(self._sampler) if begun is None else begun
+        yield from self._sampler if begun is None else begun
 
     def __len__(self) -> int:
         return len(self._sampler)
