@@ -17,9 +17,15 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet_plugins.ops.cascade_geometry import adaptive_offsets, decode_deltas, grid_anchors
+from mmdet_plugins.ops.cascade_geometry import (
+    adaptive_offsets,
+    decode_deltas,
+    grid_anchors,
+    valid_flags,
+)
 
 from .assigner import IGNORED, assign_slots
+from .deform import AnyDeviceDeformConv2d
 from .losses import box_losses, gather_targets, objectness_loss
 from .postprocess import select_proposals
 
@@ -118,6 +124,8 @@ class UVOCascadeStage(BaseModule):
 
         self.rpn_conv = AdaptiveConv(
             in_channels, feat_channels, dilation=dilation, adapt_type=adapt_type)
+        if adapt_type == 'offset':
+            self.rpn_conv.conv = AnyDeviceDeformConv2d(in_channels, feat_channels, 3, padding=1)
         self.relu = nn.ReLU(inplace=True)
         dcn_index = {None: -1, 'first': 0, 'last': num_tower_convs - 1}[dcn_tower]
 
@@ -128,7 +136,7 @@ class UVOCascadeStage(BaseModule):
                     feat_channels,
                     3,
                     padding=1,
-                    conv_cfg=dict(type='DCNv2') if i == dcn_index else None,
+                    conv_cfg=dict(type='UVODCNv2') if i == dcn_index else None,
                     norm_cfg=norm_cfg) for i in range(num_tower_convs))
 
         self.reg_convs = tower()
@@ -180,17 +188,17 @@ class UVOCascadeStage(BaseModule):
         return decode_deltas(
             anchors, deltas, self.target_stds, self.target_means, max_shape_hw=max_shape_hw)
 
-    def loss(self, output: StageOutput, gt_boxes: list[Tensor], cls_idx: Tensor,
+    def loss(self, output: StageOutput, boxes: Tensor, gt_boxes: list[Tensor], cls_idx: Tensor,
              reg_idx: Tensor) -> dict[str, Tensor]:
         """Losses of this stage.
 
         Args:
             output: Of :meth:`forward`.
+            boxes: The deltas of ``output``, decoded and not clipped, [N, P, 4].
             gt_boxes: One [G, 4] per image.
             cls_idx: Assignment [N, P] for the objectness branch.
             reg_idx: Assignment [N, P] for the regression and the IoU branch.
         """
-        boxes = self.decode(output.anchors, output.deltas)
         losses = box_losses(self.loss_bbox, self.loss_iou, boxes, output.iou_logits,
                             gather_targets(gt_boxes, reg_idx), reg_idx)
         if self.with_cls:
@@ -337,11 +345,10 @@ class UVOCascadeRPNHead(BaseDenseHead):
         sizes = [tuple(feat.shape[-2:]) for feat in x]
         level_sizes = [h * w for h, w in sizes]
         grid = outputs[0].anchors
-        pad_hw = _to_device([meta.get('pad_shape', meta['img_shape'])[:2]
-                             for meta in batch_img_metas], grid)
         # Locations beyond an image's own padding are no priors.
-        grid_xy = (grid[..., :2] + grid[..., 2:]) / 2
-        valid = (grid_xy < pad_hw.flip(1)[:, None]).all(-1)
+        valid = valid_flags(sizes, self.strides,
+                            [meta.get('pad_shape', meta['img_shape'])[:2]
+                             for meta in batch_img_metas], grid.device)
         geometry = dict(
             num_level_priors=level_sizes,
             num_level_anchors=level_sizes,
@@ -349,29 +356,29 @@ class UVOCascadeRPNHead(BaseDenseHead):
             anchor_scale=self.anchor_scale,
             anchor_strides=self.strides,
             allowed_border=-1,
-            strides=torch.cat([grid.new_full((size, ), stride)
-                               for size, stride in zip(level_sizes, self.strides, strict=True)]))
+            strides=(grid[0, :, 2] - grid[0, :, 0]) / self.anchor_scale)
         gt_boxes = [gts.bboxes for gts in batch_gt_instances]
         losses = {}
         for i, (stage, output) in enumerate(zip(self.stages, outputs, strict=True)):
+            boxes = stage.decode(output.anchors, output.deltas)
             predictions = zip(
                 output.anchors,
-                stage.decode(output.anchors, output.deltas.detach()),
+                boxes.detach(),
                 output.assignment_score()[..., None],
                 valid,
                 strict=True)
             slots = [
                 assign_slots(
                     *self.assigners[i],
-                    InstanceData(priors=priors, bboxes=boxes, scores=scores, valid_flags=flags),
+                    InstanceData(priors=priors, bboxes=bboxes, scores=scores, valid_flags=flags),
                     gts, ignored, {**geometry, 'img_meta': meta})
-                for (priors, boxes, scores, flags), gts, ignored, meta in zip(
+                for (priors, bboxes, scores, flags), gts, ignored, meta in zip(
                     predictions, batch_gt_instances, batch_gt_instances_ignore, batch_img_metas,
                     strict=True)
             ]
             cls_idx, reg_idx = (
                 torch.stack(idx).masked_fill(~valid, IGNORED) for idx in zip(*slots, strict=True))
-            for name, value in stage.loss(output, gt_boxes, cls_idx, reg_idx).items():
+            for name, value in stage.loss(output, boxes, gt_boxes, cls_idx, reg_idx).items():
                 losses[f's{i}.{name}'] = value
         return losses
 

@@ -46,7 +46,8 @@ def select_proposals(scores: Tensor, level_sizes: Sequence[int],
         if min_size >= 0:
             keep = (boxes[:, 2:] - boxes[:, :2] > min_size).all(1)
             boxes, box_scores, box_levels = boxes[keep], box_scores[keep], box_levels[keep]
-        dets, _ = batched_nms(boxes, box_scores, box_levels, cfg['nms'])
+        # mmcv's NMS per level raises without boxes.
+        dets, _ = batched_nms(boxes, box_scores, box_levels, cfg['nms'] if len(boxes) else None)
         dets = dets[:cfg['max_per_img']]
         proposals.append(
             InstanceData(
