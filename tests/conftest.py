@@ -1,13 +1,10 @@
 """What every test shares."""
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # read once, when torch is imported
 
 import pytest
 

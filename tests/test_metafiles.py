@@ -1,5 +1,7 @@
 """The index of models lists every config, each once, and nothing else."""
 
+import re
+
 import yaml
 from mmengine.config import Config
 
@@ -38,6 +40,13 @@ def test_collections_say_paper_readme_and_code(repo):
             assert collection['Paper']['Title']
             assert (repo / collection['README']).is_file()
             assert (repo / collection['Code']['Path']).exists()
+
+
+def test_readmes_link_every_config_of_their_folder(repo):
+    for path in repo.glob('configs/*/metafile.yml'):
+        readme = (path.parent / 'README.md').read_text(encoding='utf-8')
+        linked = re.findall(r'\]\(([^)#]+\.py)\)', readme)
+        assert sorted(set(linked)) == sorted(config.name for config in path.parent.glob('*.py'))
 
 
 def test_stated_batch_sizes_are_those_of_the_configs(repo):

@@ -62,8 +62,7 @@ def init_cpu_process_group() -> None:
     ``MASTER_PORT``) are torchrun's.
     """
     if (
-        'RANK' in os.environ
-        and int(os.environ.get('WORLD_SIZE', 1)) > 1
+        {'RANK', 'WORLD_SIZE'} <= os.environ.keys()
         and get_device() == 'cpu'
         and dist.is_available()
         and not dist.is_initialized()
