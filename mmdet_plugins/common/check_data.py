@@ -17,7 +17,7 @@ import numpy as np
 from hotcoco import mask as rle_ops
 from PIL import Image, UnidentifiedImageError
 
-from ..ops.coco_json import JsonFile, load_coco, read_json
+from ..ops.coco_json import JsonFile, check_coco, read_json
 from ..ops.rle import segmentation_to_rle
 from .uvo import uvo_to_coco
 
@@ -97,10 +97,9 @@ def check_data(ann_file: JsonFile, image_root: str | os.PathLike | None = None, 
         data = read_json(ann_file)
         if isinstance(data, dict) and 'videos' in data:
             data = uvo_to_coco(data)
-        data = load_coco(data)
+        data = check_coco(data, os.fspath(ann_file))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = str(error).removeprefix(f'{ann_file}: ').removeprefix('The annotations: ')
-        return [Problem('file', os.fspath(ann_file), what)]
+        return [Problem('file', os.fspath(ann_file), str(error).removeprefix(f'{ann_file}: '))]
     problems = list(check_annotations(data))
     if image_root is not None:
         images = [image for image in data['images']
@@ -114,7 +113,7 @@ def check_data(ann_file: JsonFile, image_root: str | os.PathLike | None = None, 
 
 
 def check_annotations(data: Mapping) -> Iterator[Problem]:
-    """Problems of a parsed COCO annotation file (see :func:`.coco_json.load_coco`)."""
+    """Problems of a parsed COCO annotation file (see :func:`.coco_json.check_coco`)."""
     for key in ('images', 'annotations', 'categories'):
         if not data[key]:
             yield Problem('empty', key, f'the list of {key} is empty')

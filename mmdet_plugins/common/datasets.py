@@ -10,7 +10,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.fileio import get_local_path
 
-from ..ops.coco_json import base_category_ids, by_image, listed, load_coco, read_json
+from ..ops.coco_json import base_category_ids, by_image, check_coco, listed, read_json
 from .uvo import uvo_to_coco
 
 
@@ -59,10 +59,10 @@ class OpenWorldCocoDataset(CocoDataset):
         data = self._read()
         for key in ('images', 'annotations'):
             counts = Counter(entry.get('id') for entry in data[key])
-            repeated = [i for i, count in counts.items() if count > 1]
-            if repeated:
+            bad = [i for i, count in counts.items() if count > 1 or i is None]
+            if bad:
                 raise ValueError(f'{self.ann_file}: ids of {key} must be given and differ; '
-                                 f'these are shared: {listed(repeated, 5)}.')
+                                 f'these are shared or missing: {listed(bad, 5)}.')
         self._set_classes(data['categories'])
         annotations = self._without_novel(data)
         annotations_of = by_image(annotations)
@@ -85,16 +85,15 @@ class OpenWorldCocoDataset(CocoDataset):
         return kept
 
     def _read(self) -> dict:
-        try:
-            with get_local_path(self.ann_file, backend_args=self.backend_args) as path:
-                return self._to_coco(read_json(path))
-        except ValueError as error:
-            # The local copy of a remote file has a name that tells the user nothing.
-            raise ValueError(str(error) if self.ann_file in str(error)
-                             else f'{self.ann_file}: {error}') from None
+        with get_local_path(self.ann_file, backend_args=self.backend_args) as path:
+            try:
+                data = read_json(path)
+            except (OSError, ValueError) as error:  # the local copy's name tells nothing
+                raise type(error)(str(error).replace(str(path), self.ann_file)) from None
+        return self._to_coco(data)
 
     def _to_coco(self, data: Any) -> dict:
-        return load_coco(data)
+        return check_coco(data, self.ann_file)
 
     def _set_classes(self, categories: list[dict]) -> None:
         ids = {category['name']: category['id'] for category in categories}
@@ -171,5 +170,8 @@ class UVODataset(OpenWorldCocoDataset):
 
     def _to_coco(self, data: Any) -> dict:
         if isinstance(data, dict) and 'videos' in data:
-            data = uvo_to_coco(data)
+            try:
+                data = uvo_to_coco(data)
+            except ValueError as error:
+                raise ValueError(f'{self.ann_file}: {error}.') from None
         return super()._to_coco(data)

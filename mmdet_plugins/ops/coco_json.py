@@ -84,16 +84,22 @@ def read_json(path: JsonFile) -> Any:
 
 
 def load_coco(source: JsonFile | Mapping) -> dict:
-    """Read a COCO annotation file (or take a parsed one) and check its outline.
-
-    Returns:
-        The parsed file: ``images``, ``annotations`` and ``categories``, each a list of dicts.
+    """Read a COCO annotation file, or take a parsed one.
 
     Raises:
         FileNotFoundError, ValueError: The file is missing, is not JSON, or is not COCO.
     """
-    name = 'The annotations' if isinstance(source, Mapping) else os.fspath(source)
-    data = source if isinstance(source, Mapping) else read_json(source)
+    if isinstance(source, Mapping):
+        return check_coco(source)
+    return check_coco(read_json(source), os.fspath(source))
+
+
+def check_coco(data: Any, name: str = 'The annotations') -> dict:
+    """Check the outline of a parsed COCO annotation file, which errors call ``name``.
+
+    Returns:
+        It as a dict: ``images``, ``annotations`` and ``categories`` are lists.
+    """
     if isinstance(data, list):
         raise ValueError(f'{name}: this is a list, which is how COCO results look; '
                          'annotations are an object with images, annotations and categories.')

@@ -52,7 +52,8 @@ class OpenWorldEvaluator:
     without Learning to Classify", section 4). Deviation from OLN's code: the detections taken out
     are decided once, over objects of all areas, and then take part in no matching.
 
-    Instances can be pickled; :meth:`merge` joins those of several processes.
+    Instances can be pickled; :meth:`merge` joins those of several processes. Not for use in a
+    process forked off one that has evaluated before: hotcoco's threads do not survive a fork.
 
     Args:
         iou_types: Of ``'bbox'``, ``'segm'`` and ``'boundary'`` (:mod:`.boundary`).
