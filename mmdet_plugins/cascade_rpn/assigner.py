@@ -78,12 +78,15 @@ class UVOSimOTAAssigner(BaseAssigner):
             covered = bbox_overlaps(priors, gt_instances_ignore.bboxes, mode='iof').amax(1)
             free = covered <= self.ignore_iof_thr
             valid = free if valid is None else valid & free
+        scores, cost_labels = pred_instances.get('scores', None), gt_instances.labels
+        if scores is None:
+            scores, cost_labels = priors.new_ones(len(priors)), None
         results = dual_sim_ota(
             (priors[:, :2] + priors[:, 2:]) / 2,
             priors,
-            pred_instances.scores,
+            scores,
             gt_instances.bboxes,
-            gt_labels=gt_instances.labels,
+            gt_labels=cost_labels,
             topk=topk,
             strides=strides,
             valid=valid,
@@ -109,8 +112,8 @@ class UVOSimOTAAssigner(BaseAssigner):
         """Assign in mmdet's protocol.
 
         Args:
-            pred_instances: ``priors`` [P, 4] xyxy, ``scores`` [P, K] in [0, 1] of K classes, and
-                optionally ``valid_flags`` [P]: the rest is ignored.
+            pred_instances: ``priors`` [P, 4] xyxy; optionally ``scores`` [P, K] in [0, 1] of K
+                classes (absent, as in mmdet's anchor heads: all 1) and ``valid_flags`` [P].
             gt_instances: ``bboxes`` [G, 4], ``labels`` [G].
             gt_instances_ignore: ``bboxes`` of crowds; used if ``ignore_iof_thr`` is set.
             strides: [P], for ``center_rule='stride'``.

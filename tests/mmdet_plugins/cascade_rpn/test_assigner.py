@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from mmdet.registry import TASK_UTILS
+from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.bbox import bbox_overlaps
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
 from mmdet_plugins.cascade_rpn import UVOSimOTAAssigner
@@ -96,3 +97,31 @@ def test_sharing_a_pass_needs_the_same_cost():
     assert not first.shares_pass_with(UVOSimOTAAssigner(topk=20, iou_weight=2.0))
     assert not first.shares_pass_with(UVOSimOTAAssigner(topk=20, ignore_iof_thr=0.5))
     assert not first.shares_pass_with(TASK_UTILS.build(dict(type='ATSSAssigner', topk=9)))
+
+
+def test_serves_mmdets_anchor_heads():
+    """They hand over priors and no scores: as if all were 1. A RetinaNet trains with it."""
+    pred, gt = scene(200, [[20, 10, 110, 60], [50, 30, 90, 110]])
+    without = UVOSimOTAAssigner().assign(InstanceData(priors=pred.priors), gt)
+    pred.scores = torch.ones(200, 1)
+    assert torch.equal(without.gt_inds, UVOSimOTAAssigner().assign(pred, gt).gt_inds)
+
+    head = MODELS.build(
+        dict(
+            type='RetinaHead',
+            num_classes=3,
+            in_channels=4,
+            feat_channels=4,
+            stacked_convs=1,
+            anchor_generator=dict(
+                type='AnchorGenerator', ratios=[1.0], scales=[4], strides=[8, 16]),
+            train_cfg=ConfigDict(
+                assigner=dict(type='UVOSimOTAAssigner'),
+                sampler=dict(type='PseudoSampler'),
+                allowed_border=-1,
+                pos_weight=-1)))
+    gt.labels = torch.tensor([2, 0])
+    feats = [torch.randn(1, 4, 12, 20), torch.randn(1, 4, 6, 10)]
+    meta = dict(img_shape=(96, 160), pad_shape=(96, 160))
+    losses = head.loss_by_feat(*head(feats), [gt], [meta])
+    assert all(0 < loss < 100 for losses in losses.values() for loss in losses)

@@ -193,6 +193,35 @@ def test_without_iou_branch_positives_weigh_alike(make_head, make_samples, featu
     assert not any('iou' in name for name in losses)
 
 
+def test_cross_entropy_in_place_of_focal_loss(make_head, make_samples, features, gts):
+    head = make_head(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True))
+    seen = spy_on_assignments(head)
+    losses = head.loss(features, make_samples(gts))
+    logits = head(features, torch.tensor([[96., 160.], [96., 160.]]))[1].cls_logits
+    positive = (seen[1][0] >= 0).float()
+    expected = F.binary_cross_entropy_with_logits(logits, positive, reduction='sum')
+    torch.testing.assert_close(losses['s1.loss_rpn_cls'], expected / positive.sum(), rtol=1e-4,
+                               atol=1e-4)
+
+
+@pytest.mark.parametrize('bridged', [True, False])
+def test_stage_2_takes_stage_1s_features_only_if_bridged(make_head, features, bridged):
+    """With stage 1 moving no box, its adaptive convolution reaches stage 2 by features alone."""
+    stages = [
+        dict(adapt_type='dilation', bridged_feature=bridged, with_cls=False, target_stds=STDS[0]),
+        dict(adapt_type='offset', target_stds=STDS[1]),
+    ]
+    head = make_head(feat_channels=12, stages=stages)
+    assert head.stages[1].rpn_conv.conv.in_channels == (12 if bridged else 8)
+    with torch.no_grad():
+        head.stages[0].rpn_reg.weight.zero_()
+        head.stages[0].rpn_reg.bias.zero_()
+        before = head(features)[1].deltas
+        head.stages[0].rpn_conv.conv.weight.neg_()
+        after = head(features)[1].deltas
+    assert torch.equal(before, after) is not bridged
+
+
 def test_first_branch_learns_from_the_first_assignment(make_head, make_samples, features, gts):
     """The regression slot has twice the top-k, hence more positives, and contains the first."""
     head = make_head()
