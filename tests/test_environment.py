@@ -118,7 +118,9 @@ def test_doctor_runs_where_nothing_is_installed(repo, tmp_path):
 
 
 def test_pins_follow_the_stack_that_runs(setup_env, facts):
-    """The pins are those of the environment that the tests run in."""
+    """The pins are those of the environment that the tests run in, if the script made it."""
+    if not (Path(sys.prefix) / setup_env.STAMP).exists():
+        pytest.skip(f'{sys.prefix} is an environment of the user')
     stack = 'onedl' if facts.versions['mmcv'][0].startswith('onedl') else 'openmmlab'
     pins = dict(
         pin.split('==') for group in setup_env.read_pins(stack).values() for pin in group

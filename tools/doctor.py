@@ -8,12 +8,12 @@ judgement is tested on made-up facts.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,7 +254,6 @@ def diagnose(facts: Facts) -> list[Finding]:
 def gather() -> Facts:
     """The facts of the environment that this interpreter runs in."""
     facts = Facts(python=sys.version.split()[0])
-    site = Path(sysconfig.get_paths()['purelib'])
     for name, distributions in PROVIDERS.items():
         found = []
         for distribution in distributions:
@@ -267,8 +266,10 @@ def gather() -> Facts:
         if len(found) > 1:
             facts.doubled[name] = dict(found)
     for name in ('mmdet', 'mmseg'):
-        if name in facts.versions:
-            facts.mim_folders[name] = (site / name / '.mim' / 'configs').is_dir()
+        spec = importlib.util.find_spec(name)
+        if name in facts.versions and spec and spec.origin:
+            configs = Path(spec.origin).parent / '.mim' / 'configs'
+            facts.mim_folders[name] = configs.is_dir()
     child = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', PROBE],
         capture_output=True,
