@@ -191,6 +191,7 @@ REBUILD = 'torch._utils', '_rebuild_tensor_v2', b'\x93'
 HISTORY = 'mmengine.logging.history_buffer', 'HistoryBuffer.mean.__globals__', b'\x93'
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol 4')
 @pytest.mark.parametrize(
     ('asks_for', 'data'),
     [

@@ -1,13 +1,15 @@
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from mmdet_plugins.common.checkpoint import load_file
-from mmdet_plugins.common.hooks import AtomicCheckpointHook
+from mmdet_plugins.common.hooks import AtomicCheckpointHook, AtomicLocalBackend
 
 
 def files(folder: Path) -> set[str]:
@@ -133,6 +135,28 @@ def test_keeps_what_the_stock_hook_keeps(tiny_run, tmp_path):
     # one more than it keeps: what it would have to remove after a kill
     assert infos[0]['keep_ckpt_ids'] == [6, 8]
     assert infos[1]['keep_ckpt_ids'] in ([4, 6, 8], [6, 8])
+
+
+def test_the_best_checkpoint_survives_a_failed_save(tiny_run, tmp_path, monkeypatch):
+    best = dict(save_best='tiny/acc', rule='greater', max_keep_ckpts=1)
+    runner = tiny_run.build(tmp_path, checkpoint=best)
+    runner.train()
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook))
+
+    def evaluate(iteration: int, score: float) -> set[str]:
+        runner.train_loop._iter = iteration
+        hook.after_val_epoch(runner, {'tiny/acc': score})
+        return {name for name in files(tmp_path) if 'best' in name}
+
+    assert evaluate(8, 0.5) == {'best_tiny_acc_iter_8.pth'}
+    assert evaluate(8, 0.6) == {'best_tiny_acc_iter_8.pth'}  # the same name, once more
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr(AtomicLocalBackend, 'put', mock.Mock(side_effect=full))
+        assert evaluate(9, 0.9) == {'best_tiny_acc_iter_8.pth'}
+    assert runner.message_hub.get_info('best_score') == 0.6
+    assert Path(hook.last_ckpt).name == 'iter_8.pth'
+    assert evaluate(10, 0.7) == {'best_tiny_acc_iter_10.pth'}  # what was not saved is no record
 
 
 def test_epochs_and_another_folder(tiny_run, tmp_path):

@@ -217,9 +217,11 @@ def suffer(folder: Path, disaster: str) -> None:
 
 
 if __name__ == '__main__':
+    children = {}
     for name in sys.argv[2:]:
-        sys.stdout.flush()
         if (child := os.fork()) == 0:
             MMLogger._instance_dict.clear()
             suffer(Path(sys.argv[1]) / name, name)
+        children[name] = child
+    for name, child in children.items():
         print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
