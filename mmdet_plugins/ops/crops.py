@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .rle import column_buffer
 
+Run = Callable[[Callable[[int], None], int], None]
+
 
 def expand_boxes(boxes_xyxy, margin_px: float, image_hw: tuple[int, int]) -> np.ndarray:
     """Add a margin on all sides, go outwards to whole pixels, clip to the image.
@@ -56,13 +58,29 @@ def expand_boxes(boxes_xyxy, margin_px: float, image_hw: tuple[int, int]) -> np.
 
 
 @contextmanager
-def crop_threads() -> Iterator[Callable]:
-    """Yield a ``map`` over as many threads as torch uses on the CPU."""
+def crop_threads() -> Iterator[Run]:
+    """Yield what runs a function of an index for all indices below a number, in threads.
+
+    As many threads as torch uses on the CPU, each with every so-many-th index: one task a thread.
+    """
+    workers = torch.get_num_threads()
     # Intel's primitives resize float planes slower than OpenCV's own code: off, in these threads.
-    with ThreadPoolExecutor(
-        torch.get_num_threads(), initializer=cv2.ipp.setUseIPP, initargs=(False,)
-    ) as pool:
-        yield pool.map
+    with ThreadPoolExecutor(workers, initializer=cv2.ipp.setUseIPP, initargs=(False,)) as pool:
+
+        def run(function: Callable[[int], None], number: int) -> None:
+            def share(first: int) -> None:
+                for index in range(first, number, workers):
+                    function(index)
+
+            list(pool.map(share, range(min(workers, number))))
+
+        yield run
+
+
+def run_in_turn(function: Callable[[int], None], number: int) -> None:
+    """Do what :func:`crop_threads` yields, without threads."""
+    for index in range(number):
+        function(index)
 
 
 def crop_resize(
@@ -71,7 +89,7 @@ def crop_resize(
     size_hw: tuple[int, int],
     flip: bool = False,
     out: Tensor | None = None,
-    map: Callable = map,  # noqa: A002
+    run: Run = run_in_turn,
 ) -> Tensor:
     """Resize N crops of a frame to one size.
 
@@ -81,7 +99,7 @@ def crop_resize(
         size_hw: ``h, w``.
         flip: Append the N crops once more, mirrored left to right.
         out: float32 ``[N or 2N, C, h, w]`` to write into, on the device of the frame.
-        map: What runs the crops on the CPU; the ``map`` of a thread pool uses its threads.
+        run: What goes through the crops on the CPU; :func:`crop_threads` yields a faster one.
 
     Returns:
         float32 ``[N, C, h, w]``, or ``[2N, C, h, w]`` with ``flip``.
@@ -104,8 +122,7 @@ def crop_resize(
             if flip:
                 cv2.flip(slot, 1, dst=slots[number + index, channel])
 
-    for _ in map(sample, range(number)):
-        pass
+    run(sample, number)
     return out
 
 
@@ -130,14 +147,14 @@ def _grid_crops(frame: Tensor, boxes_xyxy: np.ndarray, size_hw: tuple[int, int])
 def crop_masks(
     logits: Tensor,
     boxes_xyxy: np.ndarray,
-    map: Callable = map,  # noqa: A002
+    run: Run = run_in_turn,
 ) -> tuple[Tensor, list[Tensor]]:
     """Resample logit maps to their boxes and threshold them at 0.
 
     Args:
         logits: float32 ``[N, a, b]``; positive is foreground.
         boxes_xyxy: int ``[N, 4]``, none empty.
-        map: As in :func:`crop_resize`.
+        run: As in :func:`crop_resize`.
 
     Returns:
         A filled :func:`~mmdet_plugins.ops.rle.column_buffer` on the device of the logits, and its N
@@ -158,6 +175,5 @@ def crop_masks(
         resized = cv2.resize(arrays[index], column.shape[::-1], interpolation=cv2.INTER_LINEAR)
         np.greater(resized, 0, out=column.view(bool))
 
-    for _ in map(fill, range(len(columns))):
-        pass
+    run(fill, len(columns))
     return buffer, columns

@@ -85,7 +85,10 @@ def encode_columns(
             f'crop {index} of {shapes[index].tolist()} pixels (h, w) at {offsets[index].tolist()} '
             f'(x, y) reaches out of the {height} x {width} frame'
         )
-    edges = (buffer[1:] != buffer[:-1]).nonzero().squeeze(1).cpu().numpy()
+    changes = buffer[1:] != buffer[:-1]
+    # NumPy finds them four times faster than torch does on the CPU.
+    on_cpu = changes.device.type == 'cpu'
+    edges = np.flatnonzero(changes) if on_cpu else changes.nonzero()[:, 0].cpu().numpy()
     rows = shapes[:, 0] + 1
     first = np.concatenate(([0], np.cumsum(rows * shapes[:, 1])))[:-1]
     crop = np.searchsorted(first, edges, side='right') - 1
@@ -109,11 +112,11 @@ def encode_columns(
     counts[1:] -= counts[:-1].copy()
     counts[starts[1:]] += height * width
     stops -= counts[stops - 1] == 0
-    counts = counts.astype(np.uint32)
+    counts = counts.tolist()  # hotcoco reads a list twice as fast as an array
     size = [int(height), int(width)]
     return [
         {'size': [*size], 'counts': _coco.rle_to_string({'size': size, 'counts': counts[a:b]})}
-        for a, b in zip(starts, stops, strict=True)
+        for a, b in zip(starts.tolist(), stops.tolist(), strict=True)
     ]
 
 

@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mmdet_plugins.common.runtime  # noqa: F401  (safe checkpoint loading)
-from mmdet_plugins.ops.crops import crop_masks, crop_resize, crop_threads, expand_boxes
+from mmdet_plugins.ops.crops import Run, crop_masks, crop_resize, crop_threads, expand_boxes
 from mmdet_plugins.ops.rle import RLE, encode_columns, encode_crops
 
 _MB = 2**20
+_GROUP = 64  # crops whose masks are made and encoded together
 
 
 class BoxSegmenter:
@@ -37,7 +38,8 @@ class BoxSegmenter:
             (background, object) or ``[N, 1, a, b]``.
         checkpoint: Weights for a model built from a config. ``None`` leaves them random.
         device: Defaults to the GPU if there is one.
-        batch_size: Most crops that go through the network at once.
+        batch_size: Most crops that go through the network at once; by default 32 on CUDA and 4 on
+            the CPU, whose caches hold no more.
         amp: ``'bf16'`` (or True), ``'fp16'`` (CUDA only), or False for float32.
         flip: Add the logits of the mirrored crop, as the paper does at test time.
         margin_px: Margin around each box. With a config it is the one the model was trained with,
@@ -57,7 +59,7 @@ class BoxSegmenter:
         config: str | os.PathLike | Config | nn.Module,
         checkpoint: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         amp: bool | str = False,
         flip: bool = True,
         margin_px: int | None = None,
@@ -65,6 +67,8 @@ class BoxSegmenter:
         memory_budget_mb: float = 4096,
     ) -> None:
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if batch_size is None:
+            batch_size = 4 if self.device.type == 'cpu' else 32
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         trained = {}
@@ -86,6 +90,7 @@ class BoxSegmenter:
         self.flip = flip
         self.memory_budget_mb = memory_budget_mb
         self._network_bytes: list[int] = []  # peaks with one crop and with two
+        self._inputs: Tensor | None = None
         self._warned_empty = False
 
     def __call__(
@@ -123,14 +128,14 @@ class BoxSegmenter:
 
         if output == 'dense':
             masks = self._zeros(len(crops), image_hw)
-            for start, _, columns in self._batches(pixels, used, masks.nbytes):
+            for start, _, columns in self._groups(pixels, used, masks.nbytes):
                 for index, column in enumerate(columns, start):
                     x1, y1, x2, y2 = used[index]
                     masks[owners[index], y1:y2, x1:x2] = column.cpu().numpy().view(bool).T
             return masks
         nothing = encode_crops([np.zeros((0, 0))], [(0, 0)], image_hw)[0]
         rles = [nothing] * len(crops)
-        for start, buffer, columns in self._batches(pixels, used):
+        for start, buffer, columns in self._groups(pixels, used):
             part = used[start : start + len(columns)]
             shapes_hw = part[:, [3, 2]] - part[:, [1, 0]]
             encoded = encode_columns(buffer, shapes_hw, part[:, :2], image_hw)
@@ -139,39 +144,63 @@ class BoxSegmenter:
                     rles[box] = rle
         return [dict(size=[*rle['size']], counts=rle['counts']) for rle in rles]
 
-    def _batches(
+    def _groups(
         self, pixels: np.ndarray, crops: np.ndarray, held_bytes: int = 0
     ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        """Yield each batch's first crop, mask buffer and masks (see :func:`crop_masks`)."""
+        """Yield each group's first crop, mask buffer and masks (see :func:`crop_masks`)."""
         frame = self._normalised(pixels)
+        mask_px = (crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1] + 1)
+        mask_bytes = 3 * int(mask_px.max(initial=1))  # the buffer, its shifted comparison, runs
+        share = self.memory_budget_mb * _MB / 8
+        size = int(min(max(share // mask_bytes, 1), _GROUP))
+        held_bytes += pixels.nbytes + frame.nbytes
+        held_bytes += mask_bytes * (
+            size + 2 * torch.get_num_threads()
+        )  # and one float map a thread
+        with crop_threads() as run:
+            for start in range(0, len(crops), size):
+                part = crops[start : start + size]
+                logits = torch.cat(list(self._batches(frame, part, held_bytes, run)))
+                yield start, *crop_masks(logits, part, run)
+
+    def _batches(
+        self, frame: Tensor, crops: np.ndarray, held_bytes: int, run: Run
+    ) -> Iterator[Tensor]:
+        """Yield the logits of as many crops at a time as the budget and the device allow."""
         views = 1 + self.flip
-        sizes_px = (crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1] + 1)
-        most_px = int(sizes_px.max(initial=0))
-        held_bytes += pixels.nbytes + frame.nbytes + 4 * most_px * torch.get_num_threads()
-        crop_bytes = 4 * views * len(frame) * self.size_hw[0] * self.size_hw[1] + 3 * most_px
-        limit, slots, start = self.batch_size, None, 0
-        with crop_threads() as each:
-            while start < len(crops):
-                count = min(limit, len(crops) - start, self._affordable(crop_bytes, held_bytes))
-                part = crops[start : start + count]
-                result = None
-                try:
-                    if slots is None or len(slots) < views * count:
-                        slots = None  # the old one goes before the new one comes
-                        slots = frame.new_empty(views * count, len(frame), *self.size_hw)
-                    inputs = slots[: views * count]
-                    crop_resize(frame, part, self.size_hw, self.flip, inputs, each)
-                    result = crop_masks(self._logits(inputs), part, each)
-                except torch.cuda.OutOfMemoryError:
-                    if count == 1:
-                        raise
-                if result is None:  # not in the handler: its traceback still holds the tensors
-                    limit, slots, inputs = count // 2, None, None
-                    torch.cuda.empty_cache()
-                    print_log(f'Out of memory at {count} crops, trying {limit}', 'current', WARNING)
-                    continue
-                yield start, *result
-                start += count
+        input_bytes = 4 * views * len(frame) * self.size_hw[0] * self.size_hw[1]
+        start = 0
+        while start < len(crops):
+            affordable = self._affordable(input_bytes, held_bytes)
+            count = min(self.batch_size, affordable, len(crops) - start)
+            logits = None
+            try:
+                inputs = self._slots(views * count, frame)
+                crop_resize(
+                    frame, crops[start : start + count], self.size_hw, self.flip, inputs, run
+                )
+                logits = self._logits(inputs)
+            except torch.cuda.OutOfMemoryError:
+                if count == 1:
+                    raise
+            if logits is None:  # not in the handler: its traceback still holds the tensors
+                self.batch_size, self._inputs, inputs = count // 2, None, None
+                torch.cuda.empty_cache()
+                print_log(
+                    f'Out of memory at {count} crops: {self.batch_size} at a time from now on',
+                    'current',
+                    WARNING,
+                )
+                continue
+            yield logits
+            start += count
+
+    def _slots(self, number: int, frame: Tensor) -> Tensor:
+        """Room for the network's input, kept from batch to batch: fresh pages are dear."""
+        if self._inputs is None or len(self._inputs) < number:
+            self._inputs = None  # the old room goes before the new one comes
+            self._inputs = frame.new_empty(number, len(frame), *self.size_hw)
+        return self._inputs[:number]
 
     def _affordable(self, crop_bytes: int, held_bytes: int) -> int:
         """Number of crops the budget allows; measures the network on one crop, then on two."""
