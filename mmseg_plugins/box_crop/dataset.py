@@ -1,6 +1,5 @@
 """One sample per object instance, read from COCO-style instance JSON."""
 
-import json
 import os.path as osp
 from collections import defaultdict
 
@@ -9,6 +8,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmseg.registry import DATASETS
 
+from mmdet_plugins.ops.coco_json import load_coco
 from mmdet_plugins.ops.rle import area, rle_to_xyxy, segmentation_to_rle
 
 
@@ -93,10 +93,10 @@ class BoxCropDataset(BaseDataset):
         return data_list
 
     def _read(self) -> tuple[dict, list[dict]]:
-        text = fileio.get_text(self.ann_file, backend_args=self.backend_args)
+        with fileio.get_local_path(self.ann_file, backend_args=self.backend_args) as path:
+            content = load_coco(path)
+        prefix = self.data_prefix['img_path']
         try:
-            content = json.loads(text)
-            prefix = self.data_prefix['img_path']
             images = {
                 image['id']: dict(
                     path=osp.join(prefix, image['file_name']),
@@ -105,12 +105,9 @@ class BoxCropDataset(BaseDataset):
                 )
                 for image in content['images']
             }
-            annotations = content['annotations']
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{self.ann_file} is not JSON: {error}') from error
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f'{self.ann_file} is not COCO-style instance JSON: it needs "images" (with id, '
-                f'file_name, height, width) and "annotations"; {type(error).__name__}: {error}'
+                f'{self.ann_file}: an image without id, file_name, height or width '
+                f'({type(error).__name__}: {error})'
             ) from error
-        return images, annotations
+        return images, content['annotations']

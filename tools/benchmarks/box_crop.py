@@ -5,7 +5,7 @@ whole-image inference do: decode, crop, ``cv2.resize`` to 512x512, normalise, ne
 512x512 and then to the crop, softmax, argmax, paste into a frame, encode with pycocotools. One
 forward pass a box in the first two cases; in the last the flipped crop too, prepared and
 post-processed like the other. Both sides feed the same stub, on the device: 128x128 logits of two
-classes, smooth as a network's are.
+classes, every fourth pixel of the green channel.
 """
 
 import cv2
@@ -44,17 +44,16 @@ class _Stub(nn.Module):
         self.data_preprocessor = _Preprocessor()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        bright = F.avg_pool2d(inputs[:, 1:2, 3::8, 3::8], 4)
-        bright = F.interpolate(bright, (128, 128), mode='bilinear')
+        bright = inputs[:, 1:2, 2::4, 2::4]
         return torch.cat((-bright, bright), dim=1)
 
 
 def _scene(rng: np.random.Generator) -> bytes:
     """Bright objects on a dark, textured ground, as the bytes of a JPEG file."""
     frame = rng.normal(size=(*_HW, 3)).astype(np.float32)
-    frame = 20 * cv2.GaussianBlur(frame, (0, 0), 1.0)
+    frame = 10 * cv2.GaussianBlur(frame, (0, 0), 1.0)
     blobs = cv2.GaussianBlur(rng.normal(size=_HW).astype(np.float32), (0, 0), 30)
-    frame += (116 + 90 * np.tanh(4 * blobs / blobs.std()))[..., None]
+    frame += (116 + 90 * np.tanh(12 * blobs / blobs.std()))[..., None]
     return cv2.imencode('.jpg', frame.clip(0, 255).astype(np.uint8))[1].tobytes()
 
 

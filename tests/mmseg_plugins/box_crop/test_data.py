@@ -45,9 +45,9 @@ def test_what_is_not_instance_json_is_explained(coco):
     path = coco / 'instances.json'
     content = json.loads(path.read_text())
     for text, reason in (
-        ('{', 'not JSON'),
-        ('[1, 2]', 'needs "images"'),
-        (json.dumps(dict(images=[dict(id=1)], annotations=[])), 'needs "images"'),
+        ('{', 'not valid JSON'),
+        ('[1, 2]', 'this is a list'),
+        (json.dumps({**content, 'images': [dict(id=1)]}), 'an image without'),
         (json.dumps({**content, 'annotations': []}), 'no usable instance'),
     ):
         path.write_text(text)
