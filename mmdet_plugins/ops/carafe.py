@@ -3,12 +3,12 @@
 Shapes: N images, C channels in G groups, ``h x w`` low-resolution cells, upsampled ``s`` times by
 kernels of ``k x k`` taps.
 
-Every output pixel is a weighted sum of the ``k x k`` low-resolution neighbourhood of the cell that it
-lies in, with weights of its own (Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures", ICCV
-2019, section 3.1). As matrices: each cell multiplies its ``[s*s, k*k]`` weights with a ``[k*k, C]``
-patch. Stored as *strips* -- ``[column, tap row, channel]`` for one row of cells -- the patches of
-neighbouring cells overlap in memory, so that one batched matrix product over a strided view does a
-row of cells without unfolding it. The backward pass keeps the two inputs only.
+Every output pixel is a weighted sum of the ``k x k`` low-resolution neighbourhood of the cell that
+it lies in, with weights of its own (Wang et al., "CARAFE: Content-Aware ReAssembly of FEatures",
+ICCV 2019, section 3.1). As matrices: each cell multiplies its ``[s*s, k*k]`` weights with a
+``[k*k, C]`` patch. Stored as *strips* -- ``[column, tap row, channel]`` for one row of cells -- the
+patches of neighbouring cells overlap in memory, so that one batched matrix product over a strided
+view does a row of cells without unfolding it. The backward pass keeps the two inputs only.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def carafe(features: Tensor,
            kernel_size: int,
            group_size: int,
            scale_factor: int) -> Tensor:
-    """Reassemble features with one kernel per output pixel (same call and values as ``mmcv.ops.carafe``).
+    """Reassemble features with one kernel per output pixel, as ``mmcv.ops.carafe`` does.
 
     Args:
         features: ``[N, C, h, w]``.
@@ -64,8 +64,8 @@ def carafe(features: Tensor,
 class _Strips:
     """The buffers and views of one problem, taken a few rows of cells at a time.
 
-    A row of cells is ``pitch`` columns wide, a multiple of ``tile`` that holds the padded width; the
-    columns beyond the map carry zero weight. Taps are column-major (column, then row) here.
+    A row of cells is ``pitch`` columns wide, a multiple of ``tile`` that holds the padded width;
+    what lies beyond the map is computed and dropped. Taps are column-major here.
     """
 
     def __init__(self, features: Tensor, k: int, groups: int, s: int) -> None:
@@ -92,7 +92,7 @@ class _Strips:
             yield slice(start, min(start + self.rows, self.h))
 
     def pad(self, feature: Tensor | None = None) -> Tensor:
-        """``[c, h, w]``, or zeros, as channels-last ``[h+k-1, pitch, c]`` with a border of zeros."""
+        """``[c, h, w]``, or zeros, within zeros: channels-last ``[h+k-1, pitch, c]``."""
         padded = self.zeros(self.h + self.k - 1, self.pitch, self.c)
         if feature is not None:
             self.inner(padded).copy_(feature)
@@ -104,7 +104,7 @@ class _Strips:
         return padded[r:r + self.h, r:r + self.w].permute(2, 0, 1)
 
     def patches(self, padded: Tensor, rows: slice) -> Tensor:
-        """``[windows, k*k, c]``: the neighbourhoods of a chunk, as overlapping views of its strip."""
+        """``[windows, k*k, c]``: the neighbourhoods of a chunk, as overlapping views of a strip."""
         for y in range(self.k):
             source = padded[rows.start + y:rows.stop + y]
             self.strip[:source.shape[0] * self.pitch, y] = source.flatten(0, 1)
@@ -140,14 +140,13 @@ class _Carafe(torch.autograd.Function):
         strips = _Strips(features, k, groups, s)
         weights = strips.zeros(strips.windows, s * s, k * k)
         sums = strips.zeros(strips.windows, s * s, strips.c)
-        with torch.autocast(features.device.type, enabled=False):
-            for i, channels, taps in strips.planes():
-                padded = strips.pad(features[i, channels])
-                mask, target = strips.taps(masks[i, taps]), strips.cells(out[i, channels])
-                for rows in strips.chunks():
-                    strips.chunk(weights, rows).unflatten(0, (k, k)).copy_(mask[:, :, rows])
-                    torch.bmm(weights, strips.patches(padded, rows), out=sums)
-                    target[:, rows] = strips.chunk(sums, rows)
+        for i, channels, taps in strips.planes():
+            padded = strips.pad(features[i, channels])
+            mask, target = strips.taps(masks[i, taps]), strips.cells(out[i, channels])
+            for rows in strips.chunks():
+                strips.chunk(weights, rows).unflatten(0, (k, k)).copy_(mask[:, :, rows])
+                torch.bmm(weights, strips.patches(padded, rows), out=sums)
+                target[:, rows] = strips.chunk(sums, rows)
         return out
 
     @staticmethod
@@ -164,24 +163,23 @@ class _Carafe(torch.autograd.Function):
             sums = strips.zeros(strips.windows, s * s, k * k)
         if for_features:
             scatter = _Scatter(strips)
-        with torch.autocast(features.device.type, enabled=False):
-            for i, channels, taps in strips.planes():
-                source = strips.cells(grad[i, channels])
+        for i, channels, taps in strips.planes():
+            source = strips.cells(grad[i, channels])
+            if for_masks:
+                padded = strips.pad(features[i, channels])
+                target = strips.taps(grad_masks[i, taps])
+            if for_features:
+                mask, total = strips.taps(masks[i, taps]), strips.pad()
+            for rows in strips.chunks():
+                strips.chunk(flow, rows).copy_(source[:, rows])
                 if for_masks:
-                    padded = strips.pad(features[i, channels])
-                    target = strips.taps(grad_masks[i, taps])
+                    patches = strips.patches(padded, rows)
+                    torch.bmm(flow, patches.transpose(1, 2), out=sums)
+                    target[:, :, rows] = strips.chunk(sums, rows).unflatten(0, (k, k))
                 if for_features:
-                    mask, total = strips.taps(masks[i, taps]), strips.pad()
-                for rows in strips.chunks():
-                    strips.chunk(flow, rows).copy_(source[:, rows])
-                    if for_masks:
-                        patches = strips.patches(padded, rows)
-                        torch.bmm(flow, patches.transpose(1, 2), out=sums)
-                        target[:, :, rows] = strips.chunk(sums, rows).unflatten(0, (k, k))
-                    if for_features:
-                        scatter(flow, mask, total, rows)
-                if for_features:
-                    grad_features[i, channels] = strips.inner(total)
+                    scatter(flow, mask, total, rows)
+            if for_features:
+                grad_features[i, channels] = strips.inner(total)
         return grad_features, grad_masks, None, None, None
 
 

@@ -24,11 +24,11 @@ SizesHW = Sequence[tuple[int, int]]
 
 
 class _Grid(NamedTuple):
-    """Per-prior constants of a pyramid: column, row and stride, ``[P]`` each."""
+    """Per-prior constants of a pyramid: column, row and twice the stride, ``[P]`` each."""
 
     col: Tensor
     row: Tensor
-    stride: Tensor
+    pitch: Tensor
 
 
 def _key(sizes_hw: SizesHW, strides: Sequence[int]) -> tuple[tuple, tuple]:
@@ -45,22 +45,22 @@ def _key(sizes_hw: SizesHW, strides: Sequence[int]) -> tuple[tuple, tuple]:
 @lru_cache(maxsize=32)
 def _grid(sizes: tuple, strides: tuple, device: torch.device, dtype: torch.dtype) -> _Grid:
     with torch.inference_mode(False), torch.no_grad():
-        cols, rows, steps = [], [], []
+        cols, rows, pitches = [], [], []
         for (h, w), stride in zip(sizes, strides, strict=True):
             cols.append(torch.arange(w, device=device).to(dtype).repeat(h))
             rows.append(torch.arange(h, device=device).to(dtype).repeat_interleave(w))
-            steps.append(torch.full((h * w,), stride, device=device, dtype=dtype))
-        return _Grid(torch.cat(cols), torch.cat(rows), torch.cat(steps))
+            pitches.append(torch.full((h * w,), 2 * stride, device=device, dtype=dtype))
+        return _Grid(torch.cat(cols), torch.cat(rows), torch.cat(pitches))
 
 
 @lru_cache(maxsize=32)
 def _anchors(sizes: tuple, strides: tuple, scale: float, device: torch.device,
              dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        col, row, stride = _grid(sizes, strides, device, dtype)
-        half = stride * scale * 0.5
-        x, y = col * stride, row * stride
-        return torch.stack([x - half, y - half, x + half, y + half], dim=-1)
+        col, row, pitch = _grid(sizes, strides, device, dtype)
+        half = pitch * scale / 4
+        x, y = col * pitch / 2, row * pitch / 2
+        return torch.stack([x - half, y - half, x + half, y + half]).t()
 
 
 def grid_anchors(sizes_hw: SizesHW,
@@ -120,7 +120,7 @@ def valid_flags(sizes_hw: SizesHW,
 
 def adaptive_offsets(anchors_xyxy: Tensor, sizes_hw: SizesHW,
                      strides: Sequence[int]) -> list[Tensor]:
-    """Offsets that make a 3x3 deformable convolution sample the centre, edges and corners of anchors.
+    """Offsets by which a 3x3 deformable convolution samples centre, edges and corners of anchors.
 
     Bitwise equal to mmdet's ``StageCascadeRPNHead.anchor_offset`` followed by the permutation in
     ``AdaptiveConv.forward`` (for strides that are powers of two on CUDA, where torch divides by a
@@ -144,24 +144,34 @@ def adaptive_offsets(anchors_xyxy: Tensor, sizes_hw: SizesHW,
         raise ValueError(f'{num} anchors an image but the levels {list(sizes)} have '
                          f'{sum(h * w for h, w in sizes)} cells: one anchor per cell is needed')
     grid = _grid(sizes, steps, anchors_xyxy.device, anchors_xyxy.dtype)
-    x1, y1, x2, y2 = anchors_xyxy.unbind(-1)
-    taps = torch.arange(-1, 2, dtype=grid.col.dtype, device=grid.col.device)[:, None]
 
     def axis(low: Tensor, high: Tensor, cell: Tensor) -> Tensor:
-        centre = ((low + high) * 0.5).div_(grid.stride).sub_(cell)
-        reach = (high - low).div_(grid.stride).div_(2).sub_(1)
-        return (reach[:, None] * taps).add_(centre[:, None])  # [B, 3, P]
+        # Dividing by twice the stride rounds as dividing by the stride and halving does.
+        edges = low.new_empty(len(low), 3, num)
+        centre = torch.sub((low + high).div_(grid.pitch), cell, out=edges[:, 1])
+        reach = (high - low).div_(grid.pitch).sub_(1)
+        torch.sub(centre, reach, out=edges[:, 0])
+        torch.add(centre, reach, out=edges[:, 2])
+        return edges
 
-    x, y = axis(x1, x2, grid.col), axis(y1, y2, grid.row)
-    offsets, start = [], 0
-    for h, w in sizes:
-        cells = slice(start, start + h * w)
-        level = anchors_xyxy.new_empty(batch, 3, 3, 2, h * w)
-        level[:, :, :, 0] = y[:, :, None, cells]
-        level[:, :, :, 1] = x[:, None, :, cells]
-        offsets.append(level.view(batch, 18, h, w))
-        start += h * w
-    return offsets
+    levels = [anchors_xyxy.new_empty(batch, 3, 3, 2, h * w) for h, w in sizes]
+    for images in _cached_parts(anchors_xyxy):
+        x1, y1, x2, y2 = anchors_xyxy[images].unbind(-1)
+        x, y = axis(x1, x2, grid.col), axis(y1, y2, grid.row)
+        start = 0
+        for level in levels:
+            cells = slice(start, start + level.shape[-1])
+            level[images, :, :, 0] = y[:, :, None, cells]
+            level[images, :, :, 1] = x[:, None, :, cells]
+            start = cells.stop
+    return [level.view(batch, 18, h, w) for level, (h, w) in zip(levels, sizes, strict=True)]
+
+
+def _cached_parts(values: Tensor) -> list[slice]:
+    """The batch as a whole, but image by image on the CPU, where one fits into the cache."""
+    if values.device.type != 'cpu':
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(values.shape[0])]
 
 
 def _four(values: float | Sequence[float]) -> tuple[float, ...]:
@@ -187,27 +197,42 @@ def decode_deltas(anchors_xyxy: Tensor,
         wh_ratio_clip: ``|dw|`` and ``|dh|`` are limited to ``|log(wh_ratio_clip)|``.
 
     Returns:
-        Boxes ``[B, P, 4]``, contiguous, differentiable in ``deltas`` and ``anchors_xyxy``.
+        Boxes ``[B, P, 4]``, differentiable in both inputs. In memory they lie coordinate by
+        coordinate, ``[B, 4, P]``, which every step after this one reads.
     """
     stds, means = _four(stds), _four(means)
     limit = abs(math.log(wh_ratio_clip))
+    if anchors_xyxy.ndim == 3 and anchors_xyxy.stride(0) == 0:
+        anchors_xyxy = anchors_xyxy[0]
+    shared = anchors_xyxy.ndim == 2
+    corners = anchors_xyxy.unbind(-1)
+    sizes = [corners[i + 2] - corners[i] for i in (0, 1)]
+    centres = [(corners[i] + corners[i + 2]).mul_(0.5) for i in (0, 1)]
+    halves = [size * 0.5 for size in sizes]
 
-    def axis(low: Tensor, high: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        shift = deltas[..., i] * stds[i] + means[i]
-        grow = (deltas[..., i + 2] * stds[i + 2] + means[i + 2]).clamp(-limit, limit)
-        size = high - low
-        centre = (low + high) * 0.5 + size * shift
-        half = size * grow.exp() * 0.5
-        low, high = centre - half, centre + half
-        if max_shape_hw is not None:
-            bound = max_shape_hw[:, 1 - i, None].to(low.dtype)
-            zero = torch.zeros_like(bound)
-            low, high = low.clamp(zero, bound), high.clamp(zero, bound)
-        return low, high
+    def decode(images: slice) -> list[Tensor]:
+        boxes = []
+        for i in (0, 1):
+            size, centre, half = (t[i] if shared else t[i][images]
+                                  for t in (sizes, centres, halves))
+            shift, grow = deltas[images, :, i] * stds[i], deltas[images, :, i + 2] * stds[i + 2]
+            if any(means):
+                shift, grow = shift + means[i], grow + means[i + 2]
+            centre = shift.mul_(size).add_(centre)
+            half = grow.clamp_(-limit, limit).exp_() * half
+            edges = [centre - half, centre + half]
+            if max_shape_hw is not None:
+                bound = max_shape_hw[images, 1 - i, None].to(half.dtype)
+                edges = [edge.clamp_(min=0).minimum(bound) for edge in edges]
+            boxes.append(edges)
+        return [boxes[0][0], boxes[1][0], boxes[0][1], boxes[1][1]]
 
-    x1, y1, x2, y2 = anchors_xyxy.unbind(-1)
-    (x1, x2), (y1, y2) = axis(x1, x2, 0), axis(y1, y2, 1)
-    return torch.stack([x1, y1, x2, y2], dim=-1)
+    if torch.is_grad_enabled() and (deltas.requires_grad or anchors_xyxy.requires_grad):
+        return torch.stack(decode(slice(None)), dim=1).transpose(1, 2)
+    boxes = deltas.new_empty(deltas.shape[0], 4, deltas.shape[1])
+    for images in _cached_parts(deltas):
+        torch.stack(decode(images), dim=1, out=boxes[images])
+    return boxes.transpose(1, 2)
 
 
 def encode_deltas(anchors_xyxy: Tensor,

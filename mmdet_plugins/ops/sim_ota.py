@@ -3,11 +3,11 @@
 Shapes: P priors, G ground truths, C classes, K = max(topk). Boxes are ``x1 y1 x2 y2`` in pixels.
 
 SimOTA is section 2.1 of Ge et al., "YOLOX: Exceeding YOLO Series in 2021"; the centre region in
-proportion to the object and the two values of top-k are those of Du et al., "1st Place Solutions for
-UVO Challenge 2021". A prior is a *candidate* if its point lies strictly inside any ground-truth box or
-any centre region, and *central* to one ground truth if it lies in both of these. Each ground truth
-claims its ``k`` best candidates, ``k = max(1, int(sum of its topk highest IoUs))``, central ones
-first, then by
+proportion to the object and the two values of top-k are those of Du et al., "1st Place Solutions
+for UVO Challenge 2021". A prior is a *candidate* if its point lies strictly inside any ground-truth
+box or any centre region, and *central* to one ground truth if it lies in both of these. Each ground
+truth claims its ``k`` best candidates, ``k = max(1, int(sum of its topk highest IoUs))``, central
+ones first, then by
 
     cost = cls_weight * BCE(score, onehot(label)) - iou_weight * log(IoU + 1e-7).
 
@@ -26,8 +26,8 @@ from torch import Tensor
 
 _EPS = 1e-7
 _STOCK_INF = 100000.0
-_BLOCK = 256
-_BUDGET = 1 << 18  # pairs compared at a time on the CPU: what stays in its caches
+_BLOCK = 64
+_BUDGET = 1 << 17  # pairs compared at a time on the CPU: what stays in its caches
 _BUDGET_DEVICE = 1 << 23
 
 # A pair's rank is one int64: not central (1 bit), cost (32), index of the prior or of the ground
@@ -67,13 +67,13 @@ def dual_sim_ota(points_xy: Tensor,
                  valid: Tensor | None = None) -> tuple[SimOTAResult, ...]:
     """Assign priors to ground truths by SimOTA, once for each top-k, from one pass over the pairs.
 
-    With ``center_rule='stride'`` the result is that of mmdet's ``SimOTAAssigner``, whose order among
-    candidates outside the centre is settled where its ``cost + 100000`` rounds to a tie. With
-    ``'ratio'``, that of the UVO winner's release, but for its order outside the centre, which
-    ``cost + 1e8`` in float32 leaves to chance; here it is by cost.
+    With ``center_rule='stride'`` the result is that of mmdet's ``SimOTAAssigner``; where its
+    ``cost + 100000`` rounds candidates outside the centre to a tie, they go by cost. With
+    ``'ratio'`` it is that of the UVO winner's release, except outside the centre, where ``cost +
+    1e8`` in float32 leaves the release's order to chance and this one goes by cost.
 
-    Ties go to the prior, and between ground truths that contest a prior to the ground truth, of
-    lowest index.
+    Of priors that tie, a ground truth claims the one of lowest index; of ground truths that tie for
+    a prior, the one of lowest index gets it.
 
     Args:
         points_xy: ``[P, 2]`` points that are tested against boxes and centre regions.
@@ -98,8 +98,8 @@ def dual_sim_ota(points_xy: Tensor,
             score is not finite never does.
 
     Returns:
-        One :class:`SimOTAResult` for each entry of ``topk``, on the device of the points. Computed in
-        float32 whatever the input; no gradient.
+        One :class:`SimOTAResult` for each entry of ``topk``, on the device of the points. Computed
+        in float32 whatever the input; no gradient.
 
     Raises:
         ValueError: Sizes do not fit each other, or strides are missing.
@@ -112,7 +112,7 @@ def dual_sim_ota(points_xy: Tensor,
             SimOTAResult(
                 torch.full((num_priors,), -1, dtype=torch.long, device=device),
                 torch.zeros(num_priors, device=device)) for _ in topk)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad():
         cls_cost = _class_cost(scores.float().reshape(num_priors, -1), cls_weight)
         priors = _priors(points_xy.float(), boxes_xyxy.float(), cls_cost, valid)
         gts = _ground_truths(gt_xyxy.float(), gt_labels)
@@ -139,7 +139,7 @@ def _check(points: Tensor, boxes: Tensor, scores: Tensor, gt: Tensor, labels: Te
            topk: Sequence[int], rule: str, strides: Tensor | None) -> None:
     num = points.shape[0]
     if points.shape != (num, 2) or boxes.shape != (num, 4) or scores.shape[:1] != (num,):
-        raise ValueError(f'points_xy must be [P, 2], boxes_xyxy [P, 4] and scores [P] or [P, C]; got '
+        raise ValueError('points_xy must be [P, 2], boxes_xyxy [P, 4], scores [P] or [P, C]; got '
                          f'{tuple(points.shape)}, {tuple(boxes.shape)}, {tuple(scores.shape)}')
     if gt.ndim != 2 or gt.shape[1] != 4:
         raise ValueError(f'gt_xyxy must be [G, 4], got {tuple(gt.shape)}')
@@ -272,7 +272,7 @@ def _cost(iou: Tensor, cls_cost: Tensor, iou_weight: float) -> Tensor:
 
 
 def _sortable(cost: Tensor) -> Tensor:
-    """Float32, which is overwritten, as int64 in the same order, shifted to make room for an index."""
+    """Float32, which is overwritten, as int64 of the same order, with room for an index below."""
     bits = cost.view(torch.int32)
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
     return bits.long().bitwise_left_shift_(_INDEX_BITS)
@@ -377,7 +377,7 @@ class _Blocks:
         return touch[0] & touch[1]
 
     def batches(self, near: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ground truths ``[g]`` with about as many near blocks each, and those blocks ``[g, b]``."""
+        """Ground truths ``[g]`` with similar numbers of near blocks, and their blocks ``[g, b]``."""
         counts, order = near.sum(1).sort(descending=True)
         counts, start = counts.tolist(), 0
         ids = torch.arange(self.num)
@@ -454,7 +454,7 @@ def _rank_blockwise(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: in
 
 
 def _dynamic_k(top_iou: Tensor, k: int) -> Tensor:
-    # Summed over rows, as mmdet lays it out: the order of float32 additions decides near an integer.
+    # Summed over rows, as mmdet lays it out: near an integer the order of additions decides.
     return top_iou.t()[:k].contiguous().sum(0).int().clamp_(min=1).long()
 
 

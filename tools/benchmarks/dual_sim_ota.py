@@ -1,9 +1,10 @@
 """Both assignments of both cascade stages of one image: 89,523 priors x 50 objects, stride mode.
 
 Priors are the five levels of an 800 x 1344 input (strides 4 to 64, anchor scale 8, one class);
-objects have log-uniform sides of 16 to 400 px. Stage one compares the anchors themselves, stage two
-anchors that were shifted and scaled at random, as a first stage leaves them. All tensors live on the
-device under test. The peer is mmdet's ``SimOTAAssigner``, called with top-k 10 and 20 at each stage.
+objects have log-uniform sides of 16 to 400 px. Stage one compares the anchors themselves, stage
+two anchors that were shifted and scaled at random, as a first stage leaves them. All tensors live
+on the device under test. The peer is mmdet's ``SimOTAAssigner``, called with top-k 10 and 20 at
+each stage.
 """
 
 import torch
