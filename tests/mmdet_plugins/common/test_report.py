@@ -22,7 +22,8 @@ from mmdet_plugins.common.overlays import (
 from mmdet_plugins.ops.rle import encode_masks
 
 HW = (60, 90)
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 FLAGS = (
     '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars '
     '--disable-background-networking --disable-component-update --disable-sync '
