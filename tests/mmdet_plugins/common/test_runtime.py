@@ -104,7 +104,7 @@ def test_the_installed_torchvision_imports(repo):
     [
         ({}, 'cpu', False),
         ({'RANK': '0'}, 'cpu', False),
-        ({'RANK': '0', 'WORLD_SIZE': '1'}, 'cpu', False),
+        ({'RANK': '0', 'WORLD_SIZE': '1'}, 'cpu', True),
         ({'RANK': '1', 'WORLD_SIZE': '2'}, 'cuda', False),
         ({'RANK': '1', 'WORLD_SIZE': '2'}, 'cpu', True),
     ],
