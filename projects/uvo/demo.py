@@ -65,19 +65,18 @@ class Training:
     killed call still alive follows that one instead of starting another.
     """
 
-    def __init__(self, stage: Stage, data: Path, environment: dict[str, str]) -> None:
+    def __init__(self, stage: Stage, data: Path, env: dict[str, str]) -> None:
         self.stage = stage
         stage.work_dir.mkdir(parents=True, exist_ok=True)
         self.log = open(stage.work_dir / 'console.log', 'a+')
         self.log.seek(0, os.SEEK_END)
         self.process = None
         if self._lock():
-            command = [str(Path(sys.executable).with_name('mim')), 'train', stage.package]
-            command += [str(stage.config), '--work-dir', str(stage.work_dir), '--resume']
-            command += ['--cfg-options', *_overrides(stage, data)]
+            command = mim('train', stage.package, stage.config, '--work-dir', stage.work_dir)
+            command += ['--resume', '--cfg-options', *_overrides(stage, data)]
             print(' '.join(command), flush=True)
             self.process = subprocess.Popen(
-                command, stdout=self.log, stderr=subprocess.STDOUT, env=environment
+                command, stdout=self.log, stderr=subprocess.STDOUT, env=env
             )
         else:
             print(f'{stage.name}: its training still runs, started by an earlier call', flush=True)
@@ -113,6 +112,21 @@ class Training:
             )
 
 
+def mim(*arguments: str | Path) -> list[str]:
+    """Command line of the ``mim`` that belongs to this Python."""
+    return [str(Path(sys.executable).with_name('mim')), *map(str, arguments)]
+
+
+def environment(device: str, jobs: int) -> dict[str, str]:
+    """Environment of one of ``jobs`` processes that share the cores."""
+    env = os.environ | dict(
+        PYTHONPATH=os.pathsep.join([str(REPO), os.environ.get('PYTHONPATH', '')]),
+        PYTHONWARNINGS='ignore',
+        OMP_NUM_THREADS=str(max(1, len(os.sched_getaffinity(0)) // jobs)),
+    )
+    return env | (dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})
+
+
 def _overrides(stage: Stage, data: Path) -> list[str]:
     cfg = Config.fromfile(stage.config)
     options = {'train_cfg.max_iters': stage.iters}
@@ -128,21 +142,16 @@ def train(stages: list[Stage], data: Path, device: str) -> None:
     stages = [stage for stage in stages if not stage.checkpoint.exists()]
     if not stages:
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // len(stages))
-    environment = os.environ | dict(
-        PYTHONPATH=os.pathsep.join([str(REPO), os.environ.get('PYTHONPATH', '')]),
-        OMP_NUM_THREADS=str(threads),
-        PYTHONWARNINGS='ignore',
-    )
-    if device == 'cpu':
-        environment['CUDA_VISIBLE_DEVICES'] = ''
-    trainings = [Training(stage, data, environment) for stage in stages]
-    while any([training.running() for training in trainings]):
+    env = environment(device, len(stages))
+    trainings = [Training(stage, data, env) for stage in stages]
+    while trainings:
         time.sleep(5)
-        for training in trainings:
+        for training in list(trainings):
+            ended = not training.running()
             training.show()
-    for training in trainings:
-        training.check()
+            if ended:
+                training.check()
+                trainings.remove(training)
 
 
 def prepare_data(data: Path, synthetic: bool) -> None:

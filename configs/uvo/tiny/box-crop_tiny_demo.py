@@ -26,6 +26,9 @@ model = dict(
 )
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
-    logger=dict(interval=10),
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=10, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
 )
