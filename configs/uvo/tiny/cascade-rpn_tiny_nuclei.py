@@ -19,6 +19,7 @@ model = dict(
         feat_channels=64,
         anchor_scale=4,
         num_tower_convs=2,
+        dcn_tower=None,
         norm_cfg=dict(num_groups=8),
     ),
     test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000)),
