@@ -14,7 +14,12 @@ from pycocotools.cocoeval import COCOeval
 
 from mmdet_plugins.ops import open_world
 from mmdet_plugins.ops.coco_json import by_image, to_detections, to_objects
-from mmdet_plugins.ops.open_world import OpenWorldEvaluator, evaluate_json, format_table
+from mmdet_plugins.ops.open_world import (
+    OpenWorldEvaluator,
+    evaluate_json,
+    format_table,
+    greedy_match,
+)
 
 HEIGHT, WIDTH = 150, 240
 MAX_DETS = (1, 10, 40, 100)
@@ -120,6 +125,17 @@ def test_greedy_engine_equals_pycocotools(seed, monkeypatch):
     monkeypatch.setattr(open_world, '_StreamEngine', open_world._GreedyEngine)
     ours = evaluate_json(truth, results, ('segm',), MAX_DETS)
     assert ours == pytest.approx(pycocotools_metrics(truth, results, 'segm'), abs=1e-9)
+
+
+def test_greedy_match_by_hand():
+    ious = np.array([[0.8, 0.8, 0.9], [0.8, 0.7, 0.9], [0.6, 0.6, 0.9], [0.6, 0.6, 0.4]])
+    crowd = np.array([False, False, True])
+    ignored = np.array([[False, False, True], [True, False, True]])
+    matches = greedy_match(ious, ignored, crowd, np.array([0.5, 0.75]))
+    # Of equals the last wins; objects that count go before ignored ones, however well these fit;
+    # a crowd is never used up, an object is.
+    assert matches.tolist() == [[[1, 0, 2, -1], [1, 0, 2, -1]],
+                                [[1, 2, 2, 0], [1, 2, 2, -1]]]
 
 
 def test_budgets_are_those_in_the_names():
