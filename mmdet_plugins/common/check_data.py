@@ -17,9 +17,9 @@ import numpy as np
 from hotcoco import mask as rle_ops
 from PIL import Image, UnidentifiedImageError
 
-from ..ops.coco_json import JsonFile, check_coco, read_json
+from ..ops.coco_json import JsonFile, read_json
 from ..ops.rle import segmentation_to_rle
-from .uvo import uvo_to_coco
+from .uvo import coco_or_uvo
 
 # kind: (whether it is an error, how to mend it)
 KINDS = {
@@ -94,10 +94,7 @@ def check_data(ann_file: JsonFile, image_root: str | os.PathLike | None = None, 
         progress: Called with the number of images done and their total.
     """
     try:
-        data = read_json(ann_file)
-        if isinstance(data, dict) and 'videos' in data:
-            data = uvo_to_coco(data)
-        data = check_coco(data, os.fspath(ann_file))
+        data = coco_or_uvo(read_json(ann_file), os.fspath(ann_file))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [Problem('file', os.fspath(ann_file), str(error).removeprefix(f'{ann_file}: '))]
     problems = list(check_annotations(data))

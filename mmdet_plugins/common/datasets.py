@@ -11,7 +11,7 @@ from mmdet.registry import DATASETS
 from mmengine.fileio import get_local_path
 
 from ..ops.coco_json import base_category_ids, by_image, check_coco, listed, read_json
-from .uvo import uvo_to_coco
+from .uvo import coco_or_uvo
 
 
 @DATASETS.register_module()
@@ -169,9 +169,4 @@ class UVODataset(OpenWorldCocoDataset):
         super().__init__(check_images=check_images, **kwargs)
 
     def _to_coco(self, data: Any) -> dict:
-        if isinstance(data, dict) and 'videos' in data:
-            try:
-                data = uvo_to_coco(data)
-            except ValueError as error:
-                raise ValueError(f'{self.ann_file}: {error}.') from None
-        return super()._to_coco(data)
+        return coco_or_uvo(data, self.ann_file)

@@ -21,12 +21,13 @@ from ..ops.coco_json import (
     base_category_ids,
     by_image,
     listed,
-    load_coco,
+    read_json,
     to_objects,
 )
 from ..ops.open_world import OpenWorldEvaluator, format_table
 from ..ops.rle import area, encode_masks, segmentation_to_rle
 from .files import atomic_write
+from .uvo import coco_or_uvo
 
 
 @METRICS.register_module()
@@ -41,9 +42,9 @@ class OpenWorldMetric(BaseMetric):
     masks ``masks``, a [N, H, W] tensor or N COCO RLE dicts, all in pixels of the original image.
 
     Args:
-        ann_file: COCO annotation file. ``None`` takes the objects from ``gt_instances`` (and, as
-            crowds, ``ignored_instances``) of the data samples, which a test pipeline supplies
-            that loads annotations after resizing.
+        ann_file: COCO or UVO annotation file. ``None`` takes the objects from ``gt_instances``
+            (and, as crowds, ``ignored_instances``) of the data samples, which a test pipeline
+            supplies that loads annotations after resizing.
         metric: Of ``'bbox'``, ``'segm'`` and ``'boundary'``.
         max_dets: Budgets k of AR@k.
         base_categories: Names of the categories seen in training, or a text file with one a line;
@@ -83,7 +84,7 @@ class OpenWorldMetric(BaseMetric):
         self._images: dict[int, dict] = {}
         if ann_file is not None and not format_only:
             with get_local_path(ann_file, backend_args=backend_args) as path:
-                data = load_coco(path)
+                data = coco_or_uvo(read_json(path), ann_file)
             if isinstance(base_categories, str):
                 base_categories = list_from_file(base_categories)
             if base_categories is not None:

@@ -7,10 +7,29 @@ in ``segmentations``, ``bboxes`` and ``areas``, null where the object is not in 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from hotcoco import mask as rle_ops
 
+from ..ops.coco_json import check_coco
 from ..ops.rle import segmentation_to_rle
+
+
+def coco_or_uvo(data: Any, name: str) -> dict:
+    """Check a parsed file of COCO's layout or of either of UVO's, which errors call ``name``.
+
+    Returns:
+        It in COCO's layout.
+
+    Raises:
+        ValueError: It is of none of them, or broken.
+    """
+    if isinstance(data, Mapping) and 'videos' in data:
+        try:
+            data = uvo_to_coco(data)
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}.') from None
+    return check_coco(data, name)
 
 
 def uvo_to_coco(data: Mapping) -> dict:

@@ -133,7 +133,7 @@ def test_files_that_are_not_coco(tmp_path, text, message):
 
 def test_a_missing_file(tmp_path):
     problem, = check_data(tmp_path / 'nowhere.json')
-    assert problem.kind == 'file' and 'there is no such file' in problem.what
+    assert problem.kind == 'file' and problem.what == 'there is no such file.'
 
 
 def _image(mode='RGB', size_wh=SIZE_WH):

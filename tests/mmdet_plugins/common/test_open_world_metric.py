@@ -188,6 +188,28 @@ def test_base_categories_from_a_file(data, tmp_path):
         OpenWorldMetric(base_categories=['seen'])
 
 
+def test_uvo_videos_as_annotation_file(data, tmp_path):
+    path, samples = data
+    truth = json.loads(open(path).read())
+    frames = [image['id'] for image in truth['images']]
+    (tmp_path / 'uvo.json').write_text(json.dumps({
+        'videos': [{'id': 1, 'height': HEIGHT, 'width': WIDTH,
+                    'file_names': [f'v/{i}.png' for i in frames]}],
+        'categories': truth['categories'],
+        'annotations': [
+            {'id': ann['id'], 'video_id': 1, 'category_id': ann['category_id'],
+             'iscrowd': ann['iscrowd'],
+             **{f'{key}{plural}': [ann[key] if i == ann['image_id'] else None for i in frames]
+                for key, plural in (('segmentation', 's'), ('bbox', 'es'), ('area', 's'))}}
+            for ann in truth['annotations']]}))
+    numbered = []
+    for number, sample in enumerate(samples, start=1):  # images are numbered as frames come
+        numbered.append(DetDataSample(metainfo={**sample.metainfo, 'img_id': number}))
+        numbered[-1].pred_instances = sample.pred_instances
+    assert _evaluate(numbered, ann_file=str(tmp_path / 'uvo.json')) == pytest.approx(
+        _evaluate(samples, ann_file=path), abs=1e-12)
+
+
 def test_images_that_were_not_shown_do_not_count(data):
     path, samples = data
     part = _evaluate(samples[:2], ann_file=path)
