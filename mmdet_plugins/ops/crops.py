@@ -1,12 +1,13 @@
 """Boxes to crops and crops to masks, for many boxes of one image at once.
 
-Shapes: N boxes, ``C H W`` the frame, ``h w`` the size every crop is resized to, ``a b`` the size of
+Shapes: N boxes, ``H W C`` the frame, ``h w`` the size every crop is resized to, ``a b`` the size of
 the logit maps a network gives for them. Boxes are ``xyxy`` in pixels, right and bottom exclusive.
 
 The sampling is OpenCV's ``INTER_LINEAR`` (half-pixel centres, no antialiasing, edge pixels
-repeated) of the crop alone: nothing outside the box leaks into it. On the CPU ``cv2.resize`` itself
-writes into the batch, about six times faster there than torch's resize; on other devices one
-``grid_sample`` takes all crops, to within float rounding of it.
+repeated) of the crop alone: nothing outside the box leaks into it. Crops stay uint8, as mmseg's
+pipelines leave them. On the CPU ``cv2.resize`` itself writes into the batch, several times faster
+there than torch's resize; on other devices one ``grid_sample`` takes all crops, to within one grey
+level (OpenCV interpolates bytes in fixed point).
 """
 
 from collections.abc import Callable, Iterator
@@ -64,8 +65,7 @@ def crop_threads() -> Iterator[Run]:
     As many threads as torch uses on the CPU, each with every so-many-th index: one task a thread.
     """
     workers = torch.get_num_threads()
-    # Intel's primitives resize float planes slower than OpenCV's own code: off, in these threads.
-    with ThreadPoolExecutor(workers, initializer=cv2.ipp.setUseIPP, initargs=(False,)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
 
         def run(function: Callable[[int], None], number: int) -> None:
             def share(first: int) -> None:
@@ -94,36 +94,35 @@ def crop_resize(
     """Resize N crops of a frame to one size.
 
     Args:
-        frame: float32 ``[C, H, W]``.
+        frame: uint8 ``[H, W, C]``.
         boxes_xyxy: int ``[N, 4]`` inside the frame, none empty.
         size_hw: ``h, w``.
         flip: Append the N crops once more, mirrored left to right.
-        out: float32 ``[N or 2N, C, h, w]`` to write into, on the device of the frame.
+        out: uint8 ``[N or 2N, h, w, C]`` to write into, on the device of the frame.
         run: What goes through the crops on the CPU; :func:`crop_threads` yields a faster one.
 
     Returns:
-        float32 ``[N, C, h, w]``, or ``[2N, C, h, w]`` with ``flip``.
+        uint8 ``[N, C, h, w]``, or ``[2N, C, h, w]`` with ``flip``: a view, channels last in memory.
     """
     number = len(boxes_xyxy)
     if out is None:
-        out = frame.new_empty(number * (1 + flip), len(frame), *size_hw)
+        out = frame.new_empty(number * (1 + flip), *size_hw, frame.shape[2])
     if frame.device.type != 'cpu':
-        out[:number] = _grid_crops(frame, boxes_xyxy, size_hw)
+        out[:number] = _grid_crops(frame, boxes_xyxy, size_hw).permute(0, 2, 3, 1)
         if flip:
-            out[number:] = out[:number].flip(3)
-        return out
-    planes, slots = frame.numpy(), out.numpy()
+            out[number:] = out[:number].flip(2)
+        return out.permute(0, 3, 1, 2)
+    pixels, slots = frame.numpy(), out.numpy()
 
     def sample(index: int) -> None:
         x1, y1, x2, y2 = boxes_xyxy[index]
-        for channel, plane in enumerate(planes):
-            slot = slots[index, channel]
-            cv2.resize(plane[y1:y2, x1:x2], size_hw[::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
-            if flip:
-                cv2.flip(slot, 1, dst=slots[number + index, channel])
+        crop, slot = pixels[y1:y2, x1:x2], slots[index]
+        cv2.resize(crop, size_hw[::-1], dst=slot, interpolation=cv2.INTER_LINEAR)
+        if flip:
+            cv2.flip(slot, 1, dst=slots[number + index])
 
     run(sample, number)
-    return out
+    return out.permute(0, 3, 1, 2)
 
 
 def _grid_crops(frame: Tensor, boxes_xyxy: np.ndarray, size_hw: tuple[int, int]) -> Tensor:
@@ -135,13 +134,13 @@ def _grid_crops(frame: Tensor, boxes_xyxy: np.ndarray, size_hw: tuple[int, int])
         pixels = torch.minimum(torch.maximum(pixels, low[:, None]), high[:, None] - 1)
         return pixels * (2 / max(extent - 1, 1)) - 1
 
-    x = coordinates(boxes[:, 0], boxes[:, 2], size_hw[1], frame.shape[2])
-    y = coordinates(boxes[:, 1], boxes[:, 3], size_hw[0], frame.shape[1])
+    x = coordinates(boxes[:, 0], boxes[:, 2], size_hw[1], frame.shape[1])
+    y = coordinates(boxes[:, 1], boxes[:, 3], size_hw[0], frame.shape[0])
     grid = torch.stack(
         (x[:, None, :].expand(-1, *size_hw), y[:, :, None].expand(-1, *size_hw)), dim=3
     )
-    frames = frame.expand(len(boxes), *frame.shape)
-    return F.grid_sample(frames, grid, padding_mode='border', align_corners=True)
+    frames = frame.permute(2, 0, 1).float().expand(len(boxes), -1, -1, -1)
+    return F.grid_sample(frames, grid, padding_mode='border', align_corners=True).round_()
 
 
 def crop_masks(

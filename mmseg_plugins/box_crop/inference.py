@@ -34,8 +34,8 @@ class BoxSegmenter:
 
     Args:
         config: An mmseg config (path or ``Config``) with :class:`BoxCropFromMask` and ``Resize`` in
-            its pipelines, or a module that maps ``[N, 3, h, w]`` to logits ``[N, 2, a, b]``
-            (background, object) or ``[N, 1, a, b]``.
+            its pipelines, or a built mmseg segmentor, or any module that maps uint8 BGR crops
+            ``[N, 3, h, w]`` to logits ``[N, 2, a, b]`` (background, object) or ``[N, 1, a, b]``.
         checkpoint: Weights for a model built from a config. ``None`` leaves them random.
         device: Defaults to the GPU if there is one.
         batch_size: Most crops that go through the network at once; by default 32 on CUDA and 4 on
@@ -47,11 +47,6 @@ class BoxSegmenter:
         size_hw: Size of the network's input; handled like ``margin_px``, by default 512 x 512.
         memory_budget_mb: What one call may take beyond the weights: frame, crops, activations (as
             measured on the first crop) and masks. Batches shrink to stay within it.
-
-    A module with a ``data_preprocessor`` has its channel order, mean and std applied; one without
-    gets BGR values from 0 to 255. Unlike stock preprocessing, which rounds resized crops to whole
-    grey levels before normalising, the normalised frame is sampled: inputs differ by up to half a
-    grey level.
     """
 
     def __init__(
@@ -148,12 +143,12 @@ class BoxSegmenter:
         self, pixels: np.ndarray, crops: np.ndarray, held_bytes: int = 0
     ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
         """Yield each group's first crop, mask buffer and masks (see :func:`crop_masks`)."""
-        frame = self._normalised(pixels)
+        frame = torch.from_numpy(pixels).to(self.device)
         mask_px = (crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1] + 1)
         mask_bytes = 3 * int(mask_px.max(initial=1))  # the buffer, its shifted comparison, runs
         share = self.memory_budget_mb * _MB / 8
         size = int(min(max(share // mask_bytes, 1), _GROUP))
-        held_bytes += pixels.nbytes + frame.nbytes
+        held_bytes += 2 * pixels.nbytes  # the decoded file's, and the frame on its device
         held_bytes += mask_bytes * (
             size + 2 * torch.get_num_threads()
         )  # and one float map a thread
@@ -168,23 +163,26 @@ class BoxSegmenter:
     ) -> Iterator[Tensor]:
         """Yield the logits of as many crops at a time as the budget and the device allow."""
         views = 1 + self.flip
-        input_bytes = 4 * views * len(frame) * self.size_hw[0] * self.size_hw[1]
+        crop_px = self.size_hw[0] * self.size_hw[1]
+        input_bytes = 3 * views * crop_px
+        if self.device.type != 'cpu':  # sampled as float, at coordinates of a grid
+            input_bytes += 4 * (3 + 2) * crop_px
+            held_bytes += 4 * frame.numel()
         start = 0
         while start < len(crops):
             affordable = self._affordable(input_bytes, held_bytes)
             count = min(self.batch_size, affordable, len(crops) - start)
             logits = None
             try:
-                inputs = self._slots(views * count, frame)
-                crop_resize(
-                    frame, crops[start : start + count], self.size_hw, self.flip, inputs, run
-                )
+                part = crops[start : start + count]
+                room = self._room(views * count, frame)
+                inputs = crop_resize(frame, part, self.size_hw, self.flip, room, run)
                 logits = self._logits(inputs)
             except torch.cuda.OutOfMemoryError:
                 if count == 1:
                     raise
             if logits is None:  # not in the handler: its traceback still holds the tensors
-                self.batch_size, self._inputs, inputs = count // 2, None, None
+                self.batch_size, self._inputs, room, inputs = count // 2, None, None, None
                 torch.cuda.empty_cache()
                 print_log(
                     f'Out of memory at {count} crops: {self.batch_size} at a time from now on',
@@ -195,11 +193,11 @@ class BoxSegmenter:
             yield logits
             start += count
 
-    def _slots(self, number: int, frame: Tensor) -> Tensor:
+    def _room(self, number: int, frame: Tensor) -> Tensor:
         """Room for the network's input, kept from batch to batch: fresh pages are dear."""
         if self._inputs is None or len(self._inputs) < number:
             self._inputs = None  # the old room goes before the new one comes
-            self._inputs = frame.new_empty(number, len(frame), *self.size_hw)
+            self._inputs = frame.new_empty(number, *self.size_hw, 3)
         return self._inputs[:number]
 
     def _affordable(self, crop_bytes: int, held_bytes: int) -> int:
@@ -224,12 +222,15 @@ class BoxSegmenter:
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """Foreground minus background, float32 ``[N, a, b]``, the mirrored half added if any."""
-        arguments = dict(mode='tensor') if isinstance(self.model, BaseModel) else {}
         amp = torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
         number = len(inputs) // (1 + self.flip)
         measure = number == len(self._network_bytes) + 1 and number <= 2
         with torch.inference_mode(), amp, _PeakBytes() if measure else nullcontext() as peak:
-            output = self.model(inputs, **arguments)
+            if isinstance(self.model, BaseModel):
+                batch = self.model.data_preprocessor(dict(inputs=list(inputs)))
+                output = self.model(batch['inputs'], mode='tensor')
+            else:
+                output = self.model(inputs)
             if output.shape[1] == 2:
                 logits = output[:, 1].float() - output[:, 0].float()
             elif output.shape[1] == 1:
@@ -246,17 +247,6 @@ class BoxSegmenter:
         if measure:
             self._network_bytes.append(peak.bytes)
         return logits
-
-    def _normalised(self, pixels: np.ndarray) -> Tensor:
-        """BGR uint8 ``[H, W, 3]`` to what the network expects, float32 ``[3, H, W]``."""
-        frame = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
-        preprocessor = getattr(self.model, 'data_preprocessor', None)
-        if getattr(preprocessor, 'channel_conversion', False):
-            frame = frame.flip(0)
-        frame = torch.empty(frame.shape, device=self.device).copy_(frame)
-        if hasattr(preprocessor, 'mean'):
-            frame.sub_(preprocessor.mean).div_(preprocessor.std)
-        return frame
 
     def _zeros(self, number: int, image_hw: tuple[int, int]) -> np.ndarray:
         needed = number * image_hw[0] * image_hw[1]

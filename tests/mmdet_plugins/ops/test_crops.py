@@ -26,8 +26,8 @@ BOXES = np.array(
 
 
 def frame(height=31, width=50, seed=0):
-    values = np.random.default_rng(seed).integers(0, 256, size=(3, height, width))
-    return torch.from_numpy(values.astype(np.float32))
+    values = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3))
+    return torch.from_numpy(values.astype(np.uint8))
 
 
 def test_expand_boxes_adds_the_margin_and_stays_inside():
@@ -68,19 +68,18 @@ def test_crops_are_those_of_opencv(size_hw, sampler):
             crops = crop_resize(image, BOXES, size_hw, run=run)
     else:
         crops = crop_resize(image, BOXES, size_hw)
-    pixels = image.numpy().transpose(1, 2, 0)
+    pixels = image.numpy()
     for crop, (x1, y1, x2, y2) in zip(crops, BOXES, strict=True):
         part = np.ascontiguousarray(pixels[y1:y2, x1:x2])
-        exact = cv2.resize(part, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
-        rounded = cv2.resize(part.astype(np.uint8), size_hw[::-1], interpolation=cv2.INTER_LINEAR)
-        values = crop.numpy().transpose(1, 2, 0)
-        assert np.abs(values - exact).max() < 0.02
-        assert np.abs(values - rounded).max() < 1.0  # one grey level
+        expected = cv2.resize(part, size_hw[::-1], interpolation=cv2.INTER_LINEAR).astype(int)
+        grey_levels = np.abs(crop.numpy().transpose(1, 2, 0).astype(int) - expected)
+        assert grey_levels.max() <= (sampler == 'device')
+        assert grey_levels.mean() < 0.2
 
 
 def test_mirrored_crops_follow_and_the_given_room_is_used():
     image = frame()
-    room = torch.full((2 * len(BOXES), 3, 24, 40), torch.nan)
+    room = torch.zeros((2 * len(BOXES), 24, 40, 3), dtype=torch.uint8)
     crops = crop_resize(image, BOXES, (24, 40), flip=True, out=room)
     assert crops.data_ptr() == room.data_ptr()
     assert torch.equal(crops[: len(BOXES)], crop_resize(image, BOXES, (24, 40)))
@@ -115,7 +114,8 @@ def test_device_and_cpu_agree():
     xy = rng.integers(0, np.array([1280, 720]) - wh)
     boxes = np.concatenate((xy, xy + wh), axis=1)
     crops = crop_resize(image.cuda(), boxes, (512, 512), flip=True)
-    assert (crops.cpu() - crop_resize(image, boxes, (512, 512), flip=True)).abs().max() < 0.1
+    expected = crop_resize(image, boxes, (512, 512), flip=True)
+    assert (crops.cpu().int() - expected.int()).abs().max() <= 1
     (buffer, _), (expected, _) = crop_masks(logits.cuda(), boxes), crop_masks(logits, boxes)
     assert (buffer.cpu() != expected).float().mean() < 1e-4
     shapes = (boxes[:, 2:] - boxes[:, :2])[:, ::-1]

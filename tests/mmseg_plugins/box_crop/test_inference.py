@@ -28,8 +28,11 @@ class Brightness(nn.Module):
     def forward(self, inputs):
         self.calls.append(tuple(inputs.shape))
         half = self.stride // 2
+        assert inputs.dtype == torch.uint8
         logit = inputs[:, 1:2, half :: self.stride, half :: self.stride] - 128.0
-        return logit if self.classes == 1 else torch.cat((-logit, logit)[: self.classes], dim=1)
+        return (
+            logit if self.classes == 1 else torch.cat((-logit, logit, logit)[: self.classes], dim=1)
+        )
 
 
 def scene(height=90, width=130):
@@ -56,7 +59,7 @@ def box_by_box(network, image, boxes, size_hw=(64, 64), margin_px=5):
         for flip in (False, True):
             crop = cv2.resize(image[y1:y2, x1:x2], size_hw[::-1])
             crop = crop[:, ::-1].copy() if flip else crop
-            logits = network(torch.from_numpy(crop).permute(2, 0, 1)[None].float())
+            logits = network(torch.from_numpy(crop).permute(2, 0, 1)[None])
             for size in (size_hw, (y2 - y1, x2 - x1)):
                 logits = nn.functional.interpolate(logits, tuple(map(int, size)), mode='bilinear')
             logits = logits.softmax(1)
@@ -71,13 +74,13 @@ def iou(a, b):
 
 # Logits of the input's size go through one interpolation on both sides; coarse ones, whose edges
 # are sharp here, through one on ours and two on the other.
-@pytest.mark.parametrize('stride, least', [(1, 0.995), (4, 0.96)])
+@pytest.mark.parametrize('stride, least', [(1, 1.0), (4, 0.96)])
 def test_masks_are_those_of_the_stock_steps(stride, least):
     image, network = scene(), Brightness(stride=stride)
     masks = decode_rle(segmenter(network)(image, BOXES))
     expected = box_by_box(network, image, BOXES)
     assert expected[:3].any((1, 2)).all() and not expected[3].any()
-    assert iou(masks, expected)[:3].min() > least and not masks[3].any()
+    assert iou(masks, expected)[:3].min() >= least and not masks[3].any()
 
 
 @pytest.mark.parametrize('flip', [False, True])
@@ -117,17 +120,6 @@ def test_boxes_without_area_are_empty_and_counted_once(capfd):
     for broken in ((9, 9, 5, 12), (float('nan'), 1, 2, 3)):
         with pytest.raises(ValueError, match='box 1 is'):
             run(scene(), [BOXES[0], broken])
-
-
-def test_normalisation_is_that_of_the_model():
-    network = Brightness()
-    network.data_preprocessor = nn.Module()
-    network.data_preprocessor.channel_conversion = True
-    for name, value in (('mean', (1.0, 2.0, 3.0)), ('std', (2.0, 4.0, 8.0))):
-        network.data_preprocessor.register_buffer(name, torch.tensor(value).view(3, 1, 1))
-    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    frame = segmenter(network)._normalised(pixels).numpy().transpose(1, 2, 0)
-    assert np.allclose(frame, (pixels[:, :, ::-1] - np.array([1, 2, 3])) / [2, 4, 8])
 
 
 def test_half_precision_agrees():
@@ -215,8 +207,8 @@ def test_running_out_of_device_memory_halves_the_batch():
 def test_the_budget_bounds_the_batches():
     class Hungry(Brightness):
         def forward(self, inputs):
-            held = inputs.repeat(1, 100, 1, 1)  # 100 times the input: 4.7 MB a view
-            return super().forward(held[:, :3])
+            held = inputs.float().repeat(1, 100, 1, 1)  # 4.7 MB a view
+            return super().forward(inputs) + 0 * held[:, :2, ::4, ::4]
 
     network = Hungry()
     boxes = np.concatenate([BOXES + shift for shift in range(20)])
@@ -237,7 +229,7 @@ from mmseg_plugins.box_crop import BoxSegmenter
 
 class Stub(torch.nn.Module):
     def forward(self, x):
-        return x.repeat(1, 8, 1, 1)[:, :2, ::4, ::4] - 128
+        return x.float().repeat(1, 8, 1, 1)[:, :2, ::4, ::4] - 128
 
 torch.set_num_threads(1)
 rng = np.random.default_rng(0)
@@ -283,7 +275,7 @@ def test_config_and_checkpoint(tiny, tmp_path):
     masks = run(image, BOXES, output='dense')
     mean, std = (getattr(model.data_preprocessor, name) for name in ('mean', 'std'))
     expected = box_by_box(
-        lambda crop: model((crop.flip(1) - mean) / std, mode='tensor').detach(),
+        lambda crop: model((crop.flip(1).float() - mean) / std, mode='tensor').detach(),
         image,
         BOXES,
         margin_px=20,
@@ -311,7 +303,7 @@ def test_margin_and_size_cannot_differ_from_training(tiny):
 
 def test_heads_it_does_not_fit_are_refused(tiny):
     with pytest.raises(ValueError, match='3 classes'):
-        segmenter(nn.Conv2d(3, 3, 1))(scene(), BOXES)
+        segmenter(Brightness(classes=3))(scene(), BOXES)
     tiny.model.decode_head.align_corners = tiny.model.auxiliary_head.align_corners = True
     with pytest.raises(ValueError, match='align_corners'):
         BoxSegmenter(tiny, device='cpu')
