@@ -38,7 +38,7 @@ class BoxSegmenter:
             ``[N, 3, h, w]`` to logits ``[N, 2, a, b]`` (background, object) or ``[N, 1, a, b]``.
         checkpoint: Weights for a model built from a config. ``None`` leaves them random.
         device: Defaults to the GPU if there is one.
-        batch_size: Most crops that go through the network at once; by default 32 on CUDA and 4 on
+        batch_size: Most crops that go through the network at once; by default 32 on CUDA and 8 on
             the CPU, whose caches hold no more.
         amp: ``'bf16'`` (or True), ``'fp16'`` (CUDA only), or False for float32.
         flip: Add the logits of the mirrored crop, as the paper does at test time.
@@ -63,7 +63,7 @@ class BoxSegmenter:
     ) -> None:
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         if batch_size is None:
-            batch_size = 4 if self.device.type == 'cpu' else 32
+            batch_size = 8 if self.device.type == 'cpu' else 32
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         trained = {}
