@@ -197,11 +197,12 @@ def decode_deltas(anchors_xyxy: Tensor,
         wh_ratio_clip: ``|dw|`` and ``|dh|`` are limited to ``|log(wh_ratio_clip)|``.
 
     Returns:
-        Boxes ``[B, P, 4]``, differentiable in both inputs. In memory they lie coordinate by
-        coordinate, ``[B, 4, P]``, which every step after this one reads.
+        Boxes ``[B, P, 4]`` in the wider type of the two inputs, differentiable in both. In memory
+        they lie coordinate by coordinate, ``[B, 4, P]``, which is how the next steps read them.
     """
     stds, means = _four(stds), _four(means)
     limit = abs(math.log(wh_ratio_clip))
+    deltas = deltas.to(torch.promote_types(deltas.dtype, anchors_xyxy.dtype))
     if anchors_xyxy.ndim == 3 and anchors_xyxy.stride(0) == 0:
         anchors_xyxy = anchors_xyxy[0]
     shared = anchors_xyxy.ndim == 2

@@ -377,7 +377,7 @@ class _Blocks:
         return touch[0] & touch[1]
 
     def batches(self, near: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ground truths ``[g]`` with similar numbers of near blocks, and their blocks ``[g, b]``."""
+        """Ground truths ``[g]`` with similar numbers of near blocks, and these ``[g, b]``."""
         counts, order = near.sum(1).sort(descending=True)
         counts, start = counts.tolist(), 0
         ids = torch.arange(self.num)
