@@ -254,7 +254,7 @@ def main() -> None:
     keep_settings(out, settings)
     train(stages, data, args.device)
 
-    gt_json, whole = data / 'instances_val.json', out / 'whole-image-boxes.json'
+    gt_json, whole = data / 'instances_val.json', out / 'boxes-of-whole-images.json'
     write_whole_image_boxes(gt_json, whole)
     trained = ['--segmenter', *segmenter.model]
     runs = {

@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
 
@@ -157,7 +158,11 @@ class Detector:
             if model.checkpoint:
                 load_checkpoint(inner, model.checkpoint, map_location='cpu')
             else:
+                logger = MMLogger.get_current_instance()
+                level = logger.level
+                logger.setLevel('WARNING')  # or every parameter is logged
                 inner.init_weights()
+                logger.setLevel(level)
         self.model.to(device).eval()
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The driver of both stages: kills, bad images, foreign boxes, and mmdet's own inference as truth."""
+"""The driver of both stages: kills, bad images, foreign boxes; mmdet's inference as truth."""
 
 import json
 import os
@@ -25,7 +25,7 @@ DETECTOR = str(ROOT / 'configs/uvo/tiny/cascade-rpn_tiny_demo.py')
 
 @pytest.fixture
 def scene(tmp_path):
-    """Six images of 48x80 with a JSON that lists them and a file of boxes, some of them unusable."""
+    """Six images of 48x80, a JSON that lists them, and a file of boxes, some of them unusable."""
     rng = np.random.default_rng(0)
     (tmp_path / 'images').mkdir()
     images, boxes = [], []
