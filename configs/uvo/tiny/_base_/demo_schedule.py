@@ -1,6 +1,6 @@
 """A few hundred iterations from random weights; the rate falls to the end, wherever that is set."""
 
-train_cfg = dict(type='ResumableIterBasedTrainLoop', max_iters=700, val_interval=100000)
+train_cfg = dict(type='ResumableIterBasedTrainLoop', max_iters=600, val_interval=100000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
