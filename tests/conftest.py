@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure() -> None:
     """Mend the environment first, as every config does with its first custom import."""
     import mmdet_plugins.common.runtime  # noqa: F401
+
+
+def _forget_global_state() -> Iterator[None]:
+    """Undo the default scope, loggers and visualizers that a runner or a config left behind."""
+    from mmengine.logging import MessageHub, MMLogger
+    from mmengine.registry import DefaultScope
+    from mmengine.visualization import Visualizer
+
+    managers = (DefaultScope, MMLogger, MessageHub, Visualizer)
+    before = [dict(manager._instance_dict) for manager in managers]
+    yield
+    for manager, instances in zip(managers, before, strict=True):
+        manager._instance_dict.clear()
+        manager._instance_dict.update(instances)
+
+
+after_each_test = pytest.fixture(autouse=True)(_forget_global_state)
+after_each_module = pytest.fixture(autouse=True, scope='module')(_forget_global_state)
 
 
 @pytest.fixture(scope='session')

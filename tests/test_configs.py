@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import mmseg
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
@@ -95,6 +96,12 @@ def test_lists_are_not_patched_by_number(path):
             assert not (isinstance(key, ast.Constant) and str(key.value).isdigit()), (
                 f'{path.name}:{node.lineno} patches a list by number'
             )
+
+
+def test_mmsegs_runtime_is_mmsegs():
+    theirs = Path(mmseg.__file__).parent / '.mim' / 'configs' / '_base_' / 'default_runtime.py'
+    ours = Config.fromfile(ROOT / '_base_' / 'mmseg_runtime.py')
+    assert ours.to_dict() == Config.fromfile(theirs).to_dict()
 
 
 def walk(node) -> Iterator[ConfigDict]:

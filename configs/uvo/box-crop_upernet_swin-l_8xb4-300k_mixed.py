@@ -2,7 +2,7 @@ _base_ = [
     './_base_/box_crop_upernet_swinl.py',
     '../_base_/datasets/box_crop_mixed.py',
     '../_base_/schedules/box_crop_300k.py',
-    'mmseg::_base_/default_runtime.py',
+    '../_base_/mmseg_runtime.py',
 ]
 
 default_hooks = dict(
