@@ -154,24 +154,17 @@ def adaptive_offsets(anchors_xyxy: Tensor, sizes_hw: SizesHW,
         torch.add(centre, reach, out=edges[:, 2])
         return edges
 
-    levels = [anchors_xyxy.new_empty(batch, 3, 3, 2, h * w) for h, w in sizes]
-    for images in _cached_parts(anchors_xyxy):
-        x1, y1, x2, y2 = anchors_xyxy[images].unbind(-1)
-        x, y = axis(x1, x2, grid.col), axis(y1, y2, grid.row)
-        start = 0
-        for level in levels:
-            cells = slice(start, start + level.shape[-1])
-            level[images, :, :, 0] = y[:, :, None, cells]
-            level[images, :, :, 1] = x[:, None, :, cells]
-            start = cells.stop
-    return [level.view(batch, 18, h, w) for level, (h, w) in zip(levels, sizes, strict=True)]
-
-
-def _cached_parts(values: Tensor) -> list[slice]:
-    """The batch as a whole, but image by image on the CPU, where one fits into the cache."""
-    if values.device.type != 'cpu':
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(values.shape[0])]
+    x1, y1, x2, y2 = anchors_xyxy.unbind(-1)
+    x, y = axis(x1, x2, grid.col), axis(y1, y2, grid.row)
+    offsets, start = [], 0
+    for h, w in sizes:
+        cells = slice(start, start + h * w)
+        level = anchors_xyxy.new_empty(batch, 3, 3, 2, h * w)
+        level[:, :, :, 0] = y[:, :, None, cells]
+        level[:, :, :, 1] = x[:, None, :, cells]
+        offsets.append(level.view(batch, 18, h, w))
+        start = cells.stop
+    return offsets
 
 
 def _four(values: float | Sequence[float]) -> tuple[float, ...]:
@@ -204,36 +197,24 @@ def decode_deltas(anchors_xyxy: Tensor,
     limit = abs(math.log(wh_ratio_clip))
     deltas = deltas.to(torch.promote_types(deltas.dtype, anchors_xyxy.dtype))
     if anchors_xyxy.ndim == 3 and anchors_xyxy.stride(0) == 0:
-        anchors_xyxy = anchors_xyxy[0]
-    shared = anchors_xyxy.ndim == 2
-    corners = anchors_xyxy.unbind(-1)
-    sizes = [corners[i + 2] - corners[i] for i in (0, 1)]
-    centres = [(corners[i] + corners[i + 2]).mul_(0.5) for i in (0, 1)]
-    halves = [size * 0.5 for size in sizes]
+        anchors_xyxy = anchors_xyxy[0]  # expanded over the batch: its sizes are needed once
 
-    def decode(images: slice) -> list[Tensor]:
-        boxes = []
-        for i in (0, 1):
-            size, centre, half = (t[i] if shared else t[i][images]
-                                  for t in (sizes, centres, halves))
-            shift, grow = deltas[images, :, i] * stds[i], deltas[images, :, i + 2] * stds[i + 2]
-            if any(means):
-                shift, grow = shift + means[i], grow + means[i + 2]
-            centre = shift.mul_(size).add_(centre)
-            half = grow.clamp_(-limit, limit).exp_() * half
-            edges = [centre - half, centre + half]
-            if max_shape_hw is not None:
-                bound = max_shape_hw[images, 1 - i, None].to(half.dtype)
-                edges = [edge.clamp_(min=0).minimum(bound) for edge in edges]
-            boxes.append(edges)
-        return [boxes[0][0], boxes[1][0], boxes[0][1], boxes[1][1]]
+    def axis(i: int) -> tuple[Tensor, Tensor]:
+        low, high = anchors_xyxy[..., i], anchors_xyxy[..., i + 2]
+        shift, grow = deltas[..., i] * stds[i], deltas[..., i + 2] * stds[i + 2]
+        if any(means):
+            shift, grow = shift + means[i], grow + means[i + 2]
+        size = high - low
+        centre = shift.mul_(size).add_((low + high).mul_(0.5))
+        half = grow.clamp_(-limit, limit).exp_() * size.mul(0.5)
+        low, high = centre - half, centre + half
+        if max_shape_hw is not None:
+            bound = max_shape_hw[:, 1 - i, None].to(half.dtype)
+            low, high = low.clamp_(min=0).minimum(bound), high.clamp_(min=0).minimum(bound)
+        return low, high
 
-    if torch.is_grad_enabled() and (deltas.requires_grad or anchors_xyxy.requires_grad):
-        return torch.stack(decode(slice(None)), dim=1).transpose(1, 2)
-    boxes = deltas.new_empty(deltas.shape[0], 4, deltas.shape[1])
-    for images in _cached_parts(deltas):
-        torch.stack(decode(images), dim=1, out=boxes[images])
-    return boxes.transpose(1, 2)
+    (x1, x2), (y1, y2) = axis(0), axis(1)
+    return torch.stack([x1, y1, x2, y2], dim=1).transpose(1, 2)
 
 
 def encode_deltas(anchors_xyxy: Tensor,

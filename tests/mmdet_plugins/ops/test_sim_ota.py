@@ -296,6 +296,22 @@ def test_a_small_object_between_the_points_takes_its_best_prior_if_asked():
     assert all(r.gt_idx[nearest] == 0 and (r.gt_idx >= 0).sum() == 1 for r in twice)
 
 
+def test_the_best_prior_is_found_apart_from_the_object():
+    # A sliver of the first prior overlaps the object, but the last, beside it, has a higher GIoU.
+    # The others belong to a second object and keep the two in different blocks.
+    num = 100
+    points = torch.tensor([230.0, 25]).repeat(num, 1) + torch.arange(num)[:, None] * 0.01
+    boxes = torch.cat([points - 5, points + 5], dim=1)
+    boxes[0] = torch.tensor([43.4, 23.8, 143, 24])
+    points[-1] = torch.tensor([44.3, 23])
+    boxes[-1] = torch.tensor([43.6, 22, 45.1, 23.9])
+    gts = torch.tensor([[42.0, 22, 43.5, 23.9], [200, 20, 260, 30]])
+    (result,) = dual_sim_ota(points, boxes, torch.full((num,), 0.5), gts, topk=(10,),
+                             ensure_positive=True)
+    assert result.gt_idx[-1] == 0
+    assert (result.gt_idx[:-1] != 0).all()
+
+
 def test_no_positive_is_forced_outside_the_image_or_without_area():
     scene = make_scene(4, 1)
     outside = torch.tensor([[140.0, 10, 150, 20], [10, 72, 20, 80], [-9, -9, 0, 0]])
