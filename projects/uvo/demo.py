@@ -73,7 +73,9 @@ class Training:
         self.process = None
         if self._lock():
             command = mim('train', stage.package, stage.config, '--work-dir', stage.work_dir)
-            command += ['--resume', '--cfg-options', *_overrides(stage, data)]
+            options = data_options(Config.fromfile(stage.config), data)
+            command += ['--resume', '--cfg-options', f'train_cfg.max_iters={stage.iters}']
+            command += [f'{key}={value}' for key, value in options.items()]
             print(' '.join(command), flush=True)
             self.process = subprocess.Popen(
                 command, stdout=self.log, stderr=subprocess.STDOUT, env=env
@@ -127,14 +129,14 @@ def environment(device: str, jobs: int) -> dict[str, str]:
     return env | (dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})
 
 
-def _overrides(stage: Stage, data: Path) -> list[str]:
-    cfg = Config.fromfile(stage.config)
-    options = {'train_cfg.max_iters': stage.iters}
+def data_options(cfg: Config, data: Path) -> dict[str, str]:
+    """What to change in a tiny config so that it reads its data from ``data``."""
+    options = {}
     for split in ('train', 'val', 'test'):
         options[f'{split}_dataloader.dataset.data_root'] = f'{data}/'
         if 'ann_file' in cfg.get(f'{split}_evaluator', {}):
-            options[f'{split}_evaluator.ann_file'] = data / 'instances_val.json'
-    return [f'{key}={value}' for key, value in options.items()]
+            options[f'{split}_evaluator.ann_file'] = f'{data}/instances_val.json'
+    return options
 
 
 def train(stages: list[Stage], data: Path, device: str) -> None:
@@ -205,7 +207,7 @@ def keep_settings(out: Path, settings: dict) -> None:
         if changed:
             raise SystemExit(
                 f'{out} was made with another {", another ".join(changed)}: '
-                'give a new --out, or start over with --fresh'
+                'give another --out, or remove it to start over'
             )
     else:
         with atomic_write(path) as file:

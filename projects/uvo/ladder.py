@@ -13,8 +13,9 @@ import json
 import subprocess
 from pathlib import Path
 
-from demo import REPO, Stage, environment, mim, prepare_data, train
+from demo import REPO, Stage, data_options, environment, keep_settings, mim, prepare_data, train
 from mmengine.config import Config
+from two_stage import config_digest
 
 from mmdet_plugins.common.files import atomic_write
 
@@ -102,6 +103,7 @@ def main() -> None:
     data = args.out / 'data'
     prepare_data(data, synthetic=True)
     common = Config.fromfile(REPO / 'configs/uvo/tiny/cascade-rpn_tiny_demo.py')
+    common.merge_from_dict(data_options(common, data))
     stages = []
     for row, name in ROWS.items():
         config = args.out / f'{name}.py'
@@ -109,6 +111,8 @@ def main() -> None:
             row_config = Config.fromfile(REPO / f'configs/uvo/{name}.py')
             file.write(tiny(row_config, common, args.seed).pretty_text)
         stages.append(Stage(row, 'mmdet', config, args.iters, args.out / name))
+    settings = {f'{stage.name} config': config_digest(stage.config) for stage in stages}
+    keep_settings(args.out, settings | {'length': args.iters})
     for i in range(0, len(stages), args.jobs):
         train(stages[i : i + args.jobs], data, args.device)
     commit = subprocess.run(
