@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,27 @@ def test_pip_settings_are_added_to_and_never_replaced(setup_env, tmp_path, monke
     assert environ['PIP_CONSTRAINT'] == f'/mine.txt {tmp_path / "constraints.txt"}'
     assert environ['CFLAGS'] == '-O1 -g0'
     assert environ['MMCV_WITH_OPS'] == '1' and int(environ['MAX_JOBS']) >= 1
+
+
+def test_a_stopped_run_stops_its_compilers(setup_env, repo, tmp_path):
+    code = (
+        'import os, signal, sys; sys.path.insert(0, "tools")\n'
+        'import setup_env; from pathlib import Path\n'
+        'signal.signal(signal.SIGTERM, signal.default_int_handler)\n'
+        f'setup_env.watch(["sh", "-c", "sleep 60 & echo $! > {tmp_path}/pid; wait"], '
+        f'Path("{tmp_path}/log"), dict(os.environ))'
+    )
+    child = subprocess.Popen([sys.executable, '-c', code], cwd=repo, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / 'pid').is_file() or not (tmp_path / 'pid').read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    child.terminate()
+    assert child.wait(30) != 0
+    compiler = Path('/proc') / (tmp_path / 'pid').read_text().strip()
+    while compiler.exists() and 'State:\tZ' not in (compiler / 'status').read_text():
+        assert time.monotonic() < deadline, 'the compiler was left running'
+        time.sleep(0.1)
 
 
 def test_a_silent_step_is_watched(setup_env, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -122,7 +123,9 @@ def watch(command: list[str], log_path: Path, environ: dict[str, str]) -> str | 
     """Runs ``command`` into a log file, saying every 20 s that it lives; the log if it failed."""
     start = said = time.monotonic()
     with log_path.open('w', encoding='utf-8') as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environ)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -131,8 +134,8 @@ def watch(command: list[str], log_path: Path, environ: dict[str, str]) -> str | 
                     done = progress(log_path.read_text(encoding='utf-8', errors='replace'))
                     print(f'      {duration(said - start)}{done}', flush=True)
         finally:
-            if process.poll() is None:
-                process.terminate()
+            if process.poll() is None:  # interrupted: take the compilers along
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
     if process.returncode == 0:
         return None
@@ -222,6 +225,8 @@ def main() -> int:
     parser.add_argument('env', nargs='?', type=Path, help='its folder (.venv or .venv-onedl)')
     parser.add_argument('--stack', choices=STACKS, default='openmmlab')
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     env = Path(os.path.abspath(args.env or ROOT / STACKS[args.stack]))
     wanted = fingerprint(read_pins(args.stack), env)
     stamp = env / STAMP
