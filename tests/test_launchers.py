@@ -11,6 +11,8 @@ import torch
 
 TOY = '''
 """A linear model whose loss and gradient are known, and eight numbers to train it on."""
+import sys
+
 import torch
 from mmengine.dist import all_reduce, get_rank
 from mmengine.evaluator import BaseMetric
@@ -32,7 +34,9 @@ class ToyModel(BaseModel):
         self.weight = torch.nn.Parameter(torch.zeros(()))
     def forward(self, inputs, mode='tensor'):
         inputs = torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs
-        print('seen by rank', get_rank(), mode, inputs.tolist(), flush=True)
+        # One write: the ranks share a pipe, and print's pieces would mingle.
+        sys.stdout.write(f'seen by rank {get_rank()} {mode} {inputs.tolist()}\\n')
+        sys.stdout.flush()
         if mode == 'loss':
             return dict(loss=(self.weight * inputs).mean())
         return [dict(value=float(self.weight * x)) for x in inputs]
