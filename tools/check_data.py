@@ -26,13 +26,24 @@ from mmdet_plugins.common.files import atomic_write  # noqa: E402
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('annotations', help='COCO annotation file, or one of UVO')
     parser.add_argument('images', nargs='?', help='folder that file names are relative to')
-    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N',
-                        help='threads that decode images (default: all cores)')
-    parser.add_argument('--limit', type=int, default=20, metavar='N',
-                        help='lines printed of each kind (default: 20; 0: all)')
+    parser.add_argument(
+        '--workers',
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar='N',
+        help='threads that decode images (default: all cores)',
+    )
+    parser.add_argument(
+        '--limit',
+        type=int,
+        default=20,
+        metavar='N',
+        help='lines printed of each kind (default: 20; 0: all)',
+    )
     parser.add_argument('--json', metavar='FILE', help='write all problems to this file as well')
     args = parser.parse_args(argv)
     if args.images is not None and not os.path.isdir(args.images):
@@ -70,10 +81,19 @@ def main(argv: list[str] | None = None) -> int:
     errors = sum(problem.is_error for problem in problems)
     if args.json:
         with atomic_write(args.json) as file:
-            json.dump({'annotations': args.annotations, 'images': args.images, 'errors': errors,
-                       'warnings': len(problems) - errors,
-                       'problems': [{**asdict(p), 'error': p.is_error, 'mend': p.mend}
-                                    for p in problems]}, file, indent=1)
+            json.dump(
+                {
+                    'annotations': args.annotations,
+                    'images': args.images,
+                    'errors': errors,
+                    'warnings': len(problems) - errors,
+                    'problems': [
+                        {**asdict(p), 'error': p.is_error, 'mend': p.mend} for p in problems
+                    ],
+                },
+                file,
+                indent=1,
+            )
     return int(errors > 0)
 
 

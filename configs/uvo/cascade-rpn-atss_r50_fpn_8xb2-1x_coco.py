@@ -6,4 +6,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(
             assigner=dict(_delete_=True, type='ATSSAssigner', topk=9),
-            reg_assigner=dict(_delete_=True, type='ATSSAssigner', topk=21))))
+            reg_assigner=dict(_delete_=True, type='ATSSAssigner', topk=21),
+        )
+    )
+)

@@ -8,4 +8,6 @@ model = dict(
         type='TimmBackbone',
         model_name='resnet50.a1_in1k',
         norm_eval=True,
-        init_cfg=dict(type='Pretrained', checkpoint='timm://')))
+        init_cfg=dict(type='Pretrained', checkpoint='timm://'),
+    )
+)

@@ -10,5 +10,9 @@ model = dict(
                 type='MaxIoUAssigner',
                 pos_iou_thr=0.7,
                 neg_iou_thr=0.3,
-                min_pos_iou=0.3),
-            reg_assigner=None)))
+                min_pos_iou=0.3,
+            ),
+            reg_assigner=None,
+        )
+    )
+)

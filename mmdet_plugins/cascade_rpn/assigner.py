@@ -45,14 +45,16 @@ class UVOSimOTAAssigner(BaseAssigner):
             paper and by default in mmdet.
     """
 
-    def __init__(self,
-                 topk: int = 10,
-                 center_rule: str = 'ratio',
-                 center_radius: float = 0.25,
-                 iou_weight: float = 3.0,
-                 cls_weight: float = 1.0,
-                 ensure_positive: bool = False,
-                 ignore_iof_thr: float = -1) -> None:
+    def __init__(
+        self,
+        topk: int = 10,
+        center_rule: str = 'ratio',
+        center_radius: float = 0.25,
+        iou_weight: float = 3.0,
+        cls_weight: float = 1.0,
+        ensure_positive: bool = False,
+        ignore_iof_thr: float = -1,
+    ) -> None:
         self.topk = topk
         self.ignore_iof_thr = ignore_iof_thr
         self.cost = dict(
@@ -60,21 +62,33 @@ class UVOSimOTAAssigner(BaseAssigner):
             center_radius=center_radius,
             iou_weight=iou_weight,
             cls_weight=cls_weight,
-            ensure_positive=ensure_positive)
+            ensure_positive=ensure_positive,
+        )
 
     def shares_pass_with(self, other: BaseAssigner) -> bool:
         """Whether one pass over the priors serves both assigners."""
-        return (isinstance(other, UVOSimOTAAssigner) and self.cost == other.cost
-                and self.ignore_iof_thr == other.ignore_iof_thr)
+        return (
+            isinstance(other, UVOSimOTAAssigner)
+            and self.cost == other.cost
+            and self.ignore_iof_thr == other.ignore_iof_thr
+        )
 
-    def assign_topk(self, topk: tuple[int, ...], pred_instances: InstanceData,
-                    gt_instances: InstanceData, gt_instances_ignore: InstanceData | None,
-                    strides: Tensor | None = None) -> tuple[AssignResult, ...]:
+    def assign_topk(
+        self,
+        topk: tuple[int, ...],
+        pred_instances: InstanceData,
+        gt_instances: InstanceData,
+        gt_instances_ignore: InstanceData | None,
+        strides: Tensor | None = None,
+    ) -> tuple[AssignResult, ...]:
         """One ``AssignResult`` per entry of ``topk``; arguments as in :meth:`assign`."""
         priors = pred_instances.priors
         valid = pred_instances.get('valid_flags', None)
-        if (self.ignore_iof_thr >= 0 and gt_instances_ignore is not None
-                and len(gt_instances_ignore) > 0):
+        if (
+            self.ignore_iof_thr >= 0
+            and gt_instances_ignore is not None
+            and len(gt_instances_ignore) > 0
+        ):
             covered = bbox_overlaps(priors, gt_instances_ignore.bboxes, mode='iof').amax(1)
             free = covered <= self.ignore_iof_thr
             valid = free if valid is None else valid & free
@@ -90,25 +104,28 @@ class UVOSimOTAAssigner(BaseAssigner):
             topk=topk,
             strides=strides,
             valid=valid,
-            **self.cost)
+            **self.cost,
+        )
         labels = gt_instances.labels
-        no_label = labels.new_full((1, ), -1)
+        no_label = labels.new_full((1,), -1)
         assign_results = []
         for gt_idx, iou in results:
             gt_inds = gt_idx + 1
             if valid is not None:
                 gt_inds = gt_inds.masked_fill(~valid, -1)
             assign_results.append(
-                AssignResult(len(gt_instances), gt_inds, iou,
-                             torch.cat([labels, no_label])[gt_idx]))
+                AssignResult(len(gt_instances), gt_inds, iou, torch.cat([labels, no_label])[gt_idx])
+            )
         return tuple(assign_results)
 
-    def assign(self,
-               pred_instances: InstanceData,
-               gt_instances: InstanceData,
-               gt_instances_ignore: InstanceData | None = None,
-               strides: Tensor | None = None,
-               **kwargs) -> AssignResult:
+    def assign(
+        self,
+        pred_instances: InstanceData,
+        gt_instances: InstanceData,
+        gt_instances_ignore: InstanceData | None = None,
+        strides: Tensor | None = None,
+        **kwargs,
+    ) -> AssignResult:
         """Assign in mmdet's protocol.
 
         Args:
@@ -118,14 +135,19 @@ class UVOSimOTAAssigner(BaseAssigner):
             gt_instances_ignore: ``bboxes`` of crowds; used if ``ignore_iof_thr`` is set.
             strides: [P], for ``center_rule='stride'``.
         """
-        return self.assign_topk((self.topk, ), pred_instances, gt_instances, gt_instances_ignore,
-                                strides)[0]
+        return self.assign_topk(
+            (self.topk,), pred_instances, gt_instances, gt_instances_ignore, strides
+        )[0]
 
 
-def assign_slots(cls_assigner: BaseAssigner, reg_assigner: BaseAssigner,
-                 pred_instances: InstanceData, gt_instances: InstanceData,
-                 gt_instances_ignore: InstanceData | None,
-                 geometry: dict) -> tuple[Tensor, Tensor]:
+def assign_slots(
+    cls_assigner: BaseAssigner,
+    reg_assigner: BaseAssigner,
+    pred_instances: InstanceData,
+    gt_instances: InstanceData,
+    gt_instances_ignore: InstanceData | None,
+    geometry: dict,
+) -> tuple[Tensor, Tensor]:
     """Assignments of one image for classification and for regression, each [P].
 
     Args:
@@ -135,20 +157,31 @@ def assign_slots(cls_assigner: BaseAssigner, reg_assigner: BaseAssigner,
     """
     pair = (cls_assigner, reg_assigner)
     if isinstance(cls_assigner, UVOSimOTAAssigner) and cls_assigner.shares_pass_with(reg_assigner):
-        results = cls_assigner.assign_topk((cls_assigner.topk, reg_assigner.topk), pred_instances,
-                                           gt_instances, gt_instances_ignore, geometry['strides'])
+        results = cls_assigner.assign_topk(
+            (cls_assigner.topk, reg_assigner.topk),
+            pred_instances,
+            gt_instances,
+            gt_instances_ignore,
+            geometry['strides'],
+        )
         gt_inds = [result.gt_inds for result in results]
     else:
         gt_inds = [
-            _assign_by_protocol(assigner, pred_instances, gt_instances, gt_instances_ignore,
-                                geometry) for assigner in dict.fromkeys(pair)
+            _assign_by_protocol(
+                assigner, pred_instances, gt_instances, gt_instances_ignore, geometry
+            )
+            for assigner in dict.fromkeys(pair)
         ]
     return gt_inds[0] - 1, gt_inds[-1] - 1
 
 
-def _assign_by_protocol(assigner: BaseAssigner, pred_instances: InstanceData,
-                        gt_instances: InstanceData, gt_instances_ignore: InstanceData | None,
-                        geometry: dict) -> Tensor:
+def _assign_by_protocol(
+    assigner: BaseAssigner,
+    pred_instances: InstanceData,
+    gt_instances: InstanceData,
+    gt_instances_ignore: InstanceData | None,
+    geometry: dict,
+) -> Tensor:
     """mmdet's ``gt_inds`` [P] (-1 ignored, 0 background, 1 + index) by any of its assigners.
 
     As in mmdet's anchor heads the assigner sees only valid priors, unless it asks for the whole
@@ -159,7 +192,8 @@ def _assign_by_protocol(assigner: BaseAssigner, pred_instances: InstanceData,
     if 'featmap_sizes' in wanted:
         # RegionAssigner refuses ignored boxes, and mmdet's Cascade RPN never passes them.
         return assigner.assign(
-            pred_instances=pred_instances, gt_instances=gt_instances, **kwargs).gt_inds
+            pred_instances=pred_instances, gt_instances=gt_instances, **kwargs
+        ).gt_inds
 
     valid = pred_instances.valid_flags
     inside = pred_instances[valid]
@@ -177,5 +211,6 @@ def _assign_by_protocol(assigner: BaseAssigner, pred_instances: InstanceData,
         pred_instances=inside,
         gt_instances=gt_instances,
         gt_instances_ignore=gt_instances_ignore,
-        **kwargs).gt_inds
+        **kwargs,
+    ).gt_inds
     return gt_inds

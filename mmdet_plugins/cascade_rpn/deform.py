@@ -24,8 +24,9 @@ class AnyDeviceDeformConv2d(DeformConv2d):
         """``x`` [N, C, H, W], ``offset`` [N, 2*K, h, w] -> [N, O, h, w]."""
         if x.is_cuda or not _is_plain(self):
             return super().forward(x, offset)
-        return deform_conv2d(x, offset, self.weight, None, None, self.stride[0], self.padding[0],
-                             self.dilation[0])
+        return deform_conv2d(
+            x, offset, self.weight, None, None, self.stride[0], self.padding[0], self.dilation[0]
+        )
 
 
 @MODELS.register_module('UVODCNv2')
@@ -36,7 +37,16 @@ class AnyDeviceDCNv2(ModulatedDeformConv2dPack):
         """[N, C, H, W] -> [N, O, h, w]."""
         if x.is_cuda or not _is_plain(self):
             return super().forward(x)
-        dy_dx, mask = self.conv_offset(x).split([2 * self.weight[0, 0].numel(),
-                                                 self.weight[0, 0].numel()], 1)
-        return deform_conv2d(x, dy_dx, self.weight, self.bias, torch.sigmoid(mask), self.stride[0],
-                             self.padding[0], self.dilation[0])
+        dy_dx, mask = self.conv_offset(x).split(
+            [2 * self.weight[0, 0].numel(), self.weight[0, 0].numel()], 1
+        )
+        return deform_conv2d(
+            x,
+            dy_dx,
+            self.weight,
+            self.bias,
+            torch.sigmoid(mask),
+            self.stride[0],
+            self.padding[0],
+            self.dilation[0],
+        )

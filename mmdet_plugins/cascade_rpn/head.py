@@ -56,12 +56,13 @@ class StageOutput(NamedTuple):
 
     def _root(self, extra_degree: int) -> Tensor:
         factors = [
-            logits.detach().sigmoid() for logits in (self.cls_logits, self.iou_logits)
+            logits.detach().sigmoid()
+            for logits in (self.cls_logits, self.iou_logits)
             if logits is not None
         ]
         if not factors:
             return torch.ones_like(self.deltas[..., 0])
-        return torch.stack(factors).prod(0)**(1 / (len(factors) + extra_degree))
+        return torch.stack(factors).prod(0) ** (1 / (len(factors) + extra_degree))
 
 
 class UVOCascadeStage(BaseModule):
@@ -92,28 +93,29 @@ class UVOCascadeStage(BaseModule):
             starts at the log-odds of 0.01, as the focal loss wants it.
     """
 
-    def __init__(self,
-                 in_channels: int,
-                 num_levels: int,
-                 adapt_type: str,
-                 target_stds: tuple[float, ...],
-                 loss_bbox: dict,
-                 loss_cls: dict | None = None,
-                 loss_iou: dict | None = None,
-                 target_means: tuple[float, ...] = (0., 0., 0., 0.),
-                 dilation: int = 3,
-                 bridged_feature: bool = False,
-                 with_cls: bool = True,
-                 feat_channels: int = 256,
-                 num_tower_convs: int = 4,
-                 dcn_tower: str | None = 'first',
-                 norm_cfg: dict | None = None,
-                 init_cfg: dict | list | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        num_levels: int,
+        adapt_type: str,
+        target_stds: tuple[float, ...],
+        loss_bbox: dict,
+        loss_cls: dict | None = None,
+        loss_iou: dict | None = None,
+        target_means: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
+        dilation: int = 3,
+        bridged_feature: bool = False,
+        with_cls: bool = True,
+        feat_channels: int = 256,
+        num_tower_convs: int = 4,
+        dcn_tower: str | None = 'first',
+        norm_cfg: dict | None = None,
+        init_cfg: dict | list | None = None,
+    ) -> None:
         if init_cfg is None:
             init_cfg = dict(type='Normal', layer='Conv2d', std=0.01)
             if with_cls:
-                init_cfg['override'] = dict(
-                    type='Normal', name='rpn_cls', std=0.01, bias_prob=0.01)
+                init_cfg['override'] = dict(type='Normal', name='rpn_cls', std=0.01, bias_prob=0.01)
         super().__init__(init_cfg)
         if dcn_tower not in (None, 'first', 'last'):
             raise ValueError(f"dcn_tower must be 'first', 'last' or None, not {dcn_tower!r}")
@@ -123,7 +125,8 @@ class UVOCascadeStage(BaseModule):
         self.target_stds = tuple(target_stds)
 
         self.rpn_conv = AdaptiveConv(
-            in_channels, feat_channels, dilation=dilation, adapt_type=adapt_type)
+            in_channels, feat_channels, dilation=dilation, adapt_type=adapt_type
+        )
         if adapt_type == 'offset':
             self.rpn_conv.conv = AnyDeviceDeformConv2d(in_channels, feat_channels, 3, padding=1)
         self.relu = nn.ReLU(inplace=True)
@@ -137,12 +140,16 @@ class UVOCascadeStage(BaseModule):
                     3,
                     padding=1,
                     conv_cfg=dict(type='UVODCNv2') if i == dcn_index else None,
-                    norm_cfg=norm_cfg) for i in range(num_tower_convs))
+                    norm_cfg=norm_cfg,
+                )
+                for i in range(num_tower_convs)
+            )
 
         self.reg_convs = tower()
         self.rpn_reg = nn.Conv2d(feat_channels, 4, 1)
         self.scales = nn.ModuleList(
-            Scale(1.0) if num_tower_convs else nn.Identity() for _ in range(num_levels))
+            Scale(1.0) if num_tower_convs else nn.Identity() for _ in range(num_levels)
+        )
         self.loss_bbox = MODELS.build(loss_bbox)
         self.with_cls = with_cls
         if with_cls:
@@ -154,8 +161,9 @@ class UVOCascadeStage(BaseModule):
             self.rpn_iou = nn.Conv2d(feat_channels, 1, 3, padding=1)
         self.loss_iou = MODELS.build(loss_iou) if self.with_iou else None
 
-    def forward(self, feats: tuple[Tensor, ...], offsets: list[Tensor | None],
-                anchors: Tensor) -> tuple[list[Tensor], StageOutput]:
+    def forward(
+        self, feats: tuple[Tensor, ...], offsets: list[Tensor | None], anchors: Tensor
+    ) -> tuple[list[Tensor], StageOutput]:
         """Features for the next stage, and predictions in float32.
 
         Args:
@@ -181,15 +189,23 @@ class UVOCascadeStage(BaseModule):
             anchors,
             _flatten_levels(deltas),
             _flatten_levels(cls_logits)[..., 0] if self.with_cls else None,
-            _flatten_levels(iou_logits)[..., 0] if self.with_iou else None)
+            _flatten_levels(iou_logits)[..., 0] if self.with_iou else None,
+        )
 
     def decode(self, anchors: Tensor, deltas: Tensor, max_shape_hw: Tensor | None = None) -> Tensor:
         """Boxes [N, K, 4], clipped to the images' sizes [N, 2] if these are given."""
         return decode_deltas(
-            anchors, deltas, self.target_stds, self.target_means, max_shape_hw=max_shape_hw)
+            anchors, deltas, self.target_stds, self.target_means, max_shape_hw=max_shape_hw
+        )
 
-    def loss(self, output: StageOutput, boxes: Tensor, gt_boxes: list[Tensor], cls_idx: Tensor,
-             reg_idx: Tensor) -> dict[str, Tensor]:
+    def loss(
+        self,
+        output: StageOutput,
+        boxes: Tensor,
+        gt_boxes: list[Tensor],
+        cls_idx: Tensor,
+        reg_idx: Tensor,
+    ) -> dict[str, Tensor]:
         """Losses of this stage.
 
         Args:
@@ -199,8 +215,14 @@ class UVOCascadeStage(BaseModule):
             cls_idx: Assignment [N, P] for the objectness branch.
             reg_idx: Assignment [N, P] for the regression and the IoU branch.
         """
-        losses = box_losses(self.loss_bbox, self.loss_iou, boxes, output.iou_logits,
-                            gather_targets(gt_boxes, reg_idx), reg_idx)
+        losses = box_losses(
+            self.loss_bbox,
+            self.loss_iou,
+            boxes,
+            output.iou_logits,
+            gather_targets(gt_boxes, reg_idx),
+            reg_idx,
+        )
         if self.with_cls:
             losses['loss_rpn_cls'] = objectness_loss(self.loss_cls, output.cls_logits, cls_idx)
         return losses
@@ -235,21 +257,24 @@ class UVOCascadeRPNHead(BaseDenseHead):
         **stage_defaults: Arguments that all stages share.
     """
 
-    def __init__(self,
-                 stages: list[dict],
-                 in_channels: int = 256,
-                 feat_channels: int = 256,
-                 strides: tuple[int, ...] = (4, 8, 16, 32, 64),
-                 anchor_scale: float = 8,
-                 train_cfg: dict | list | None = None,
-                 test_cfg: dict | None = None,
-                 num_classes: int = 1,
-                 init_cfg: dict | list | None = None,
-                 **stage_defaults) -> None:
+    def __init__(
+        self,
+        stages: list[dict],
+        in_channels: int = 256,
+        feat_channels: int = 256,
+        strides: tuple[int, ...] = (4, 8, 16, 32, 64),
+        anchor_scale: float = 8,
+        train_cfg: dict | list | None = None,
+        test_cfg: dict | None = None,
+        num_classes: int = 1,
+        init_cfg: dict | list | None = None,
+        **stage_defaults,
+    ) -> None:
         super().__init__(init_cfg)
         if num_classes != 1:
-            raise ValueError(f'a proposal network is class-agnostic: num_classes must be 1, not '
-                             f'{num_classes}')
+            raise ValueError(
+                f'a proposal network is class-agnostic: num_classes must be 1, not {num_classes}'
+            )
         self.strides = tuple(strides)
         self.anchor_scale = anchor_scale
         self.train_cfg = train_cfg
@@ -259,11 +284,14 @@ class UVOCascadeRPNHead(BaseDenseHead):
             self.stages.append(
                 UVOCascadeStage(
                     **{
-                        **stage_defaults, 'in_channels': in_channels,
+                        **stage_defaults,
+                        'in_channels': in_channels,
                         'num_levels': len(self.strides),
                         'feat_channels': feat_channels,
-                        **stage
-                    }))
+                        **stage,
+                    }
+                )
+            )
             if self.stages[-1].bridged_feature:
                 in_channels = feat_channels
         if train_cfg is not None:
@@ -273,12 +301,15 @@ class UVOCascadeRPNHead(BaseDenseHead):
         if isinstance(train_cfg, dict):
             return [train_cfg] * len(self.stages)
         if len(train_cfg) != len(self.stages):
-            raise ValueError(f'train_cfg lists {len(train_cfg)} stages, the head has '
-                             f'{len(self.stages)}: give one dict per stage, or one for all')
+            raise ValueError(
+                f'train_cfg lists {len(train_cfg)} stages, the head has '
+                f'{len(self.stages)}: give one dict per stage, or one for all'
+            )
         return list(train_cfg)
 
-    def forward(self, x: tuple[Tensor, ...],
-                img_sizes_hw: Tensor | None = None) -> list[StageOutput]:
+    def forward(
+        self, x: tuple[Tensor, ...], img_sizes_hw: Tensor | None = None
+    ) -> list[StageOutput]:
         """Predictions of each stage.
 
         Args:
@@ -291,8 +322,9 @@ class UVOCascadeRPNHead(BaseDenseHead):
         outputs = []
         for i, stage in enumerate(self.stages):
             if i > 0:
-                anchors = self.stages[i - 1].decode(anchors, outputs[-1].deltas.detach(),
-                                                    img_sizes_hw)
+                anchors = self.stages[i - 1].decode(
+                    anchors, outputs[-1].deltas.detach(), img_sizes_hw
+                )
             offsets = [None] * len(x)
             if stage.adapt_type == 'offset':
                 offsets = adaptive_offsets(anchors, sizes, self.strides)
@@ -304,35 +336,39 @@ class UVOCascadeRPNHead(BaseDenseHead):
         """Losses by name, ``s{stage}.loss_rpn_{cls,reg,iou}``."""
         return self._loss(x, batch_data_samples)[0]
 
-    def loss_and_predict(self,
-                         x: tuple[Tensor, ...],
-                         batch_data_samples: list,
-                         proposal_cfg: dict | None = None) -> tuple[dict, list[InstanceData]]:
+    def loss_and_predict(
+        self, x: tuple[Tensor, ...], batch_data_samples: list, proposal_cfg: dict | None = None
+    ) -> tuple[dict, list[InstanceData]]:
         """Losses, and proposals in pixels of the network's input, for two-stage detectors."""
         losses, output = self._loss(x, batch_data_samples)
         img_metas = [sample.metainfo for sample in batch_data_samples]
         return losses, self.predict_by_feat(x, output, img_metas, cfg=proposal_cfg)
 
-    def predict(self,
-                x: tuple[Tensor, ...],
-                batch_data_samples: list,
-                rescale: bool = False) -> list[InstanceData]:
+    def predict(
+        self, x: tuple[Tensor, ...], batch_data_samples: list, rescale: bool = False
+    ) -> list[InstanceData]:
         """Proposals, in pixels of the original images if ``rescale``."""
         img_metas = [sample.metainfo for sample in batch_data_samples]
         output = self(x, _to_device([meta['img_shape'][:2] for meta in img_metas], x[0]))[-1]
         return self.predict_by_feat(x, output, img_metas, rescale=rescale)
 
-    def _loss(self, x: tuple[Tensor, ...],
-              batch_data_samples: list) -> tuple[dict[str, Tensor], StageOutput]:
+    def _loss(
+        self, x: tuple[Tensor, ...], batch_data_samples: list
+    ) -> tuple[dict[str, Tensor], StageOutput]:
         gt_instances, gt_ignored, img_metas = unpack_gt_instances(batch_data_samples)
         outputs = self(x, _to_device([meta['img_shape'][:2] for meta in img_metas], x[0]))
         with torch.autocast(x[0].device.type, enabled=False):
             losses = self.loss_by_feat(x, outputs, gt_instances, img_metas, gt_ignored)
         return losses, outputs[-1]
 
-    def loss_by_feat(self, x: tuple[Tensor, ...], outputs: list[StageOutput],
-                     batch_gt_instances: list[InstanceData], batch_img_metas: list[dict],
-                     batch_gt_instances_ignore: list[InstanceData | None]) -> dict[str, Tensor]:
+    def loss_by_feat(
+        self,
+        x: tuple[Tensor, ...],
+        outputs: list[StageOutput],
+        batch_gt_instances: list[InstanceData],
+        batch_img_metas: list[dict],
+        batch_gt_instances_ignore: list[InstanceData | None],
+    ) -> dict[str, Tensor]:
         """Losses of all stages from their outputs.
 
         Args:
@@ -346,9 +382,12 @@ class UVOCascadeRPNHead(BaseDenseHead):
         level_sizes = [h * w for h, w in sizes]
         grid = outputs[0].anchors
         # Locations beyond an image's own padding are no priors.
-        valid = valid_flags(sizes, self.strides,
-                            [meta.get('pad_shape', meta['img_shape'])[:2]
-                             for meta in batch_img_metas], grid.device)
+        valid = valid_flags(
+            sizes,
+            self.strides,
+            [meta.get('pad_shape', meta['img_shape'])[:2] for meta in batch_img_metas],
+            grid.device,
+        )
         geometry = dict(
             num_level_priors=level_sizes,
             num_level_anchors=level_sizes,
@@ -356,7 +395,8 @@ class UVOCascadeRPNHead(BaseDenseHead):
             anchor_scale=self.anchor_scale,
             anchor_strides=self.strides,
             allowed_border=-1,
-            strides=(grid[0, :, 2] - grid[0, :, 0]) / self.anchor_scale)
+            strides=(grid[0, :, 2] - grid[0, :, 0]) / self.anchor_scale,
+        )
         gt_boxes = [gts.bboxes for gts in batch_gt_instances]
         losses = {}
         for i, (stage, output) in enumerate(zip(self.stages, outputs, strict=True)):
@@ -366,28 +406,39 @@ class UVOCascadeRPNHead(BaseDenseHead):
                 boxes.detach(),
                 output.assignment_score()[..., None],
                 valid,
-                strict=True)
+                strict=True,
+            )
             slots = [
                 assign_slots(
                     *self.assigners[i],
                     InstanceData(priors=priors, bboxes=bboxes, scores=scores, valid_flags=flags),
-                    gts, ignored, {**geometry, 'img_meta': meta})
+                    gts,
+                    ignored,
+                    {**geometry, 'img_meta': meta},
+                )
                 for (priors, bboxes, scores, flags), gts, ignored, meta in zip(
-                    predictions, batch_gt_instances, batch_gt_instances_ignore, batch_img_metas,
-                    strict=True)
+                    predictions,
+                    batch_gt_instances,
+                    batch_gt_instances_ignore,
+                    batch_img_metas,
+                    strict=True,
+                )
             ]
             cls_idx, reg_idx = (
-                torch.stack(idx).masked_fill(~valid, IGNORED) for idx in zip(*slots, strict=True))
+                torch.stack(idx).masked_fill(~valid, IGNORED) for idx in zip(*slots, strict=True)
+            )
             for name, value in stage.loss(output, boxes, gt_boxes, cls_idx, reg_idx).items():
                 losses[f's{i}.{name}'] = value
         return losses
 
-    def predict_by_feat(self,
-                        x: tuple[Tensor, ...],
-                        output: StageOutput,
-                        batch_img_metas: list[dict],
-                        cfg: dict | None = None,
-                        rescale: bool = False) -> list[InstanceData]:
+    def predict_by_feat(
+        self,
+        x: tuple[Tensor, ...],
+        output: StageOutput,
+        batch_img_metas: list[dict],
+        cfg: dict | None = None,
+        rescale: bool = False,
+    ) -> list[InstanceData]:
         """Proposals from the last stage's output; score = sqrt(cls * iou).
 
         Args:
@@ -397,19 +448,22 @@ class UVOCascadeRPNHead(BaseDenseHead):
             cfg: In place of ``test_cfg``.
             rescale: Return boxes in pixels of the original images.
         """
-        img_sizes_hw = _to_device([meta['img_shape'][:2] for meta in batch_img_metas],
-                                  output.deltas)
+        img_sizes_hw = _to_device(
+            [meta['img_shape'][:2] for meta in batch_img_metas], output.deltas
+        )
 
         def decode(indices: Tensor) -> Tensor:
             rows = indices[..., None].expand(-1, -1, 4)
             return self.stages[-1].decode(
-                output.anchors.gather(1, rows),
-                output.deltas.detach().gather(1, rows),
-                img_sizes_hw)
+                output.anchors.gather(1, rows), output.deltas.detach().gather(1, rows), img_sizes_hw
+            )
 
-        proposals = select_proposals(output.score(),
-                                     [feat.shape[-2] * feat.shape[-1] for feat in x], decode,
-                                     self.test_cfg if cfg is None else cfg)
+        proposals = select_proposals(
+            output.score(),
+            [feat.shape[-2] * feat.shape[-1] for feat in x],
+            decode,
+            self.test_cfg if cfg is None else cfg,
+        )
         if rescale:
             for result, meta in zip(proposals, batch_img_metas, strict=True):
                 result.bboxes = scale_boxes(result.bboxes, [1 / s for s in meta['scale_factor']])

@@ -31,11 +31,18 @@ def objectness_loss(loss_cls: nn.Module, logits: Tensor, gt_idx: Tensor) -> Tens
     labels = (~positive).long().flatten()
     weights = (gt_idx >= BACKGROUND).flatten().to(logits)
     return loss_cls(
-        logits.flatten()[:, None], labels, weights, avg_factor=mean_over_ranks(_count(positive)))
+        logits.flatten()[:, None], labels, weights, avg_factor=mean_over_ranks(_count(positive))
+    )
 
 
-def box_losses(loss_bbox: nn.Module, loss_iou: nn.Module | None, boxes: Tensor,
-               iou_logits: Tensor | None, targets: Tensor, gt_idx: Tensor) -> dict[str, Tensor]:
+def box_losses(
+    loss_bbox: nn.Module,
+    loss_iou: nn.Module | None,
+    boxes: Tensor,
+    iou_logits: Tensor | None,
+    targets: Tensor,
+    gt_idx: Tensor,
+) -> dict[str, Tensor]:
     """Regression loss and, with an IoU branch, its loss.
 
     With an IoU branch each positive weighs as much as the IoU of its prediction and the sum is
@@ -59,7 +66,8 @@ def box_losses(loss_bbox: nn.Module, loss_iou: nn.Module | None, boxes: Tensor,
             iou_logits.flatten(),
             ious.flatten(),
             weights.flatten(),
-            avg_factor=mean_over_ranks(_count(positive)))
+            avg_factor=mean_over_ranks(_count(positive)),
+        )
         weights = weights * ious
         avg_factor = weights.sum()
     per_prior = loss_bbox(boxes.flatten(0, 1), targets.flatten(0, 1), reduction_override='none')
@@ -79,7 +87,9 @@ def gather_targets(gt_boxes: list[Tensor], gt_idx: Tensor) -> Tensor:
         gt_boxes: One [G, 4] per image.
         gt_idx: [N, P].
     """
-    return torch.stack([
-        torch.cat([boxes, boxes.new_zeros(1, 4)])[idx]
-        for boxes, idx in zip(gt_boxes, gt_idx.clamp(min=BACKGROUND), strict=True)
-    ])
+    return torch.stack(
+        [
+            torch.cat([boxes, boxes.new_zeros(1, 4)])[idx]
+            for boxes, idx in zip(gt_boxes, gt_idx.clamp(min=BACKGROUND), strict=True)
+        ]
+    )

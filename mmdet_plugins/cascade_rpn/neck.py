@@ -40,7 +40,16 @@ class UVOCARAFEFPN(FPN_CARAFE):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.upsample_modules = ModuleList(
-            AnyDeviceCARAFEPack(module.channels, module.scale_factor, module.up_kernel,
-                                module.up_group, module.encoder_kernel, module.encoder_dilation,
-                                module.compressed_channels) if isinstance(module, CARAFEPack)
-            else module for module in self.upsample_modules)
+            AnyDeviceCARAFEPack(
+                module.channels,
+                module.scale_factor,
+                module.up_kernel,
+                module.up_group,
+                module.encoder_kernel,
+                module.encoder_dilation,
+                module.compressed_channels,
+            )
+            if isinstance(module, CARAFEPack)
+            else module
+            for module in self.upsample_modules
+        )

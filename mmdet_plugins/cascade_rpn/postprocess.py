@@ -11,21 +11,24 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 
-def top_per_level(scores: Tensor, level_sizes: Sequence[int],
-                  nms_pre: int) -> tuple[Tensor, Tensor]:
+def top_per_level(
+    scores: Tensor, level_sizes: Sequence[int], nms_pre: int
+) -> tuple[Tensor, Tensor]:
     """Indices [N, K] of the ``nms_pre`` best priors of each level (all if <= 0), levels [K]."""
     indices, levels, start = [], [], 0
     for level, (chunk, size) in enumerate(
-            zip(scores.split(list(level_sizes), dim=1), level_sizes, strict=True)):
+        zip(scores.split(list(level_sizes), dim=1), level_sizes, strict=True)
+    ):
         k = min(nms_pre, size) if nms_pre > 0 else size
         indices.append(chunk.topk(k, dim=1).indices + start)
-        levels.append(scores.new_full((k, ), level, dtype=torch.long))
+        levels.append(scores.new_full((k,), level, dtype=torch.long))
         start += size
     return torch.cat(indices, 1), torch.cat(levels)
 
 
-def select_proposals(scores: Tensor, level_sizes: Sequence[int],
-                     decode: Callable[[Tensor], Tensor], cfg: dict) -> list[InstanceData]:
+def select_proposals(
+    scores: Tensor, level_sizes: Sequence[int], decode: Callable[[Tensor], Tensor], cfg: dict
+) -> list[InstanceData]:
     """Proposals of each image in the order of their score.
 
     Args:
@@ -48,10 +51,12 @@ def select_proposals(scores: Tensor, level_sizes: Sequence[int],
             boxes, box_scores, box_levels = boxes[keep], box_scores[keep], box_levels[keep]
         # mmcv's NMS per level raises without boxes.
         dets, _ = batched_nms(boxes, box_scores, box_levels, cfg['nms'] if len(boxes) else None)
-        dets = dets[:cfg['max_per_img']]
+        dets = dets[: cfg['max_per_img']]
         proposals.append(
             InstanceData(
                 bboxes=dets[:, :4],
                 scores=dets[:, 4],
-                labels=dets.new_zeros(len(dets), dtype=torch.long)))
+                labels=dets.new_zeros(len(dets), dtype=torch.long),
+            )
+        )
     return proposals

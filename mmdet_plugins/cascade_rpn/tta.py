@@ -35,7 +35,8 @@ class UVODetTTAModel(DetTTAModel):
             raise ValueError(
                 f'{len(data_samples)} views of an image do not divide among '
                 f'{len(self.scale_ranges)} scale_ranges: give tta_model.scale_ranges one range '
-                'per scale of tta_pipeline')
+                'per scale of tta_pipeline'
+            )
         for i, sample in enumerate(data_samples):
             low, high = self.scale_ranges[i // views_per_scale]
             results = sample.pred_instances

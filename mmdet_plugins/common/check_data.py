@@ -83,8 +83,12 @@ class Problem:
         return f'{level}: {self.where}: {self.what} [{self.kind}] -> {self.mend}'
 
 
-def check_data(ann_file: JsonFile, image_root: str | os.PathLike | None = None, workers: int = 1,
-               progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
+def check_data(
+    ann_file: JsonFile,
+    image_root: str | os.PathLike | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Problem]:
     """Check an annotation file (COCO, or UVO of either layout) and the images it lists.
 
     Args:
@@ -99,8 +103,11 @@ def check_data(ann_file: JsonFile, image_root: str | os.PathLike | None = None, 
         return [Problem('file', os.fspath(ann_file), str(error).removeprefix(f'{ann_file}: '))]
     problems = list(check_annotations(data))
     if image_root is not None:
-        images = [image for image in data['images']
-                  if isinstance(image, dict) and isinstance(image.get('file_name'), str)]
+        images = [
+            image
+            for image in data['images']
+            if isinstance(image, dict) and isinstance(image.get('file_name'), str)
+        ]
         with ThreadPoolExecutor(workers) as pool:
             found = pool.map(lambda image: list(check_image(image, image_root)), images)
             for done, new in enumerate(found, start=1):
@@ -115,14 +122,17 @@ def check_annotations(data: Mapping) -> Iterator[Problem]:
         if not data[key]:
             yield Problem('empty', key, f'the list of {key} is empty')
     usable = {}
-    fields = {'images': ('id', 'file_name', 'height', 'width'),
-              'categories': ('id', 'name'),
-              'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area')}
+    fields = {
+        'images': ('id', 'file_name', 'height', 'width'),
+        'categories': ('id', 'name'),
+        'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
+    }
     for key, needed in fields.items():
         usable[key] = []
         for i, entry in enumerate(data[key]):
-            missing = ([f for f in needed if f not in entry] if isinstance(entry, dict)
-                       else ['everything'])
+            missing = (
+                [f for f in needed if f not in entry] if isinstance(entry, dict) else ['everything']
+            )
             if missing:
                 name = entry.get('id') if isinstance(entry, dict) else None
                 where = f'{_SINGULAR[key]} {f"number {i}" if name is None else name}'
@@ -149,8 +159,11 @@ def check_annotations(data: Mapping) -> Iterator[Problem]:
         if annotation['image_id'] not in listed_images:
             yield Problem('unknown-image', where, 'belongs to an image that is not listed')
         if annotation['category_id'] not in categories:
-            yield Problem('unknown-category', where,
-                          f'has category_id {annotation["category_id"]}, which is not listed')
+            yield Problem(
+                'unknown-category',
+                where,
+                f'has category_id {annotation["category_id"]}, which is not listed',
+            )
         image = images.get(annotation['image_id'])
         if image is not None:
             for kind, what in _check_object(annotation, image, with_masks):
@@ -218,13 +231,21 @@ def _check_object(annotation: dict, image: dict, with_masks: bool) -> Iterator[t
         iou = rle_ops.bbox_iou(np.array([box], float), mask_box[None], np.zeros(1, bool))[0, 0]
         slack = min(w, h, *mask_box[2:]) > 4  # a pixel more or less is no mistake
         if iou < 0.5 and slack:
-            yield 'box-off-mask', (f'has the box {box}, but its mask spans '
-                                   f'{[round(v, 1) for v in mask_box.tolist()]}')
+            yield (
+                'box-off-mask',
+                (
+                    f'has the box {box}, but its mask spans '
+                    f'{[round(v, 1) for v in mask_box.tolist()]}'
+                ),
+            )
 
 
 def _is_finite(values: Any, length: int) -> bool:
-    return (isinstance(values, list) and len(values) == length
-            and all(isinstance(v, int | float) and math.isfinite(v) for v in values))
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    )
 
 
 def _num_pixels(counts: str) -> int:
@@ -275,9 +296,12 @@ def check_image(image: Mapping, image_root: str | os.PathLike) -> Iterator[Probl
     expected = (image.get('width'), image.get('height'))
     shown = size[::-1] if turned in (5, 6, 7, 8) else size
     if turned not in (0, 1):
-        yield Problem('image-exif' if shown == expected else 'image-rotated', where,
-                      f'has the EXIF orientation {turned}: {_by(size)} as stored, '
-                      f'{_by(shown)} as shown, {_by(expected)} in the JSON')
+        yield Problem(
+            'image-exif' if shown == expected else 'image-rotated',
+            where,
+            f'has the EXIF orientation {turned}: {_by(size)} as stored, '
+            f'{_by(shown)} as shown, {_by(expected)} in the JSON',
+        )
     elif size != expected:
         yield Problem('image-size', where, f'is {_by(size)}, but {_by(expected)} in the JSON')
     if huge:
@@ -285,8 +309,14 @@ def check_image(image: Mapping, image_root: str | os.PathLike) -> Iterator[Probl
     if min(size) < TINY_SIDE_PX:
         yield Problem('image-tiny', where, f'is {_by(size)}')
     if mode != 'RGB':
-        kind = {'L': 'image-grey', '1': 'image-grey', 'CMYK': 'image-cmyk', 'RGBA': 'image-alpha',
-                'LA': 'image-alpha', 'PA': 'image-alpha'}.get(mode, 'image-mode')
+        kind = {
+            'L': 'image-grey',
+            '1': 'image-grey',
+            'CMYK': 'image-cmyk',
+            'RGBA': 'image-alpha',
+            'LA': 'image-alpha',
+            'PA': 'image-alpha',
+        }.get(mode, 'image-mode')
         yield Problem(kind, where, f'has the colour mode {mode}')
 
 
@@ -300,5 +330,6 @@ def summarise(problems: Iterable[Problem]) -> str:
     if not counts:
         return 'No problem found.'
     order = sorted(counts, key=lambda kind: (not KINDS[kind][0], -counts[kind]))
-    return '\n'.join(f'{counts[kind]:>8} {"error" if KINDS[kind][0] else "warning":<8}{kind}'
-                     for kind in order)
+    return '\n'.join(
+        f'{counts[kind]:>8} {"error" if KINDS[kind][0] else "warning":<8}{kind}' for kind in order
+    )

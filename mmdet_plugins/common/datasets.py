@@ -35,10 +35,17 @@ class OpenWorldCocoDataset(CocoDataset):
 
     METAINFO = {'classes': ('object',), 'palette': [(220, 20, 60)]}
 
-    def __init__(self, *, class_agnostic: bool = True,
-                 base_categories: Sequence[str] | None = None, novel: str = 'drop',
-                 check_images: bool = False, data_prefix: dict | None = None,
-                 metainfo: dict | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        class_agnostic: bool = True,
+        base_categories: Sequence[str] | None = None,
+        novel: str = 'drop',
+        check_images: bool = False,
+        data_prefix: dict | None = None,
+        metainfo: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         if novel not in ('drop', 'ignore'):
             raise ValueError(f"novel must be 'drop' or 'ignore', not {novel!r}.")
         self.class_agnostic = class_agnostic
@@ -46,8 +53,11 @@ class OpenWorldCocoDataset(CocoDataset):
         self.novel = novel
         self.check_images = check_images
         self._given_classes = (metainfo or {}).get('classes')
-        super().__init__(data_prefix={'img': ''} if data_prefix is None else data_prefix,
-                         metainfo=metainfo, **kwargs)
+        super().__init__(
+            data_prefix={'img': ''} if data_prefix is None else data_prefix,
+            metainfo=metainfo,
+            **kwargs,
+        )
 
     def load_data_list(self) -> list[dict]:
         """Read ``self.ann_file``.
@@ -61,8 +71,10 @@ class OpenWorldCocoDataset(CocoDataset):
             counts = Counter(entry.get('id') for entry in data[key])
             bad = [i for i, count in counts.items() if count > 1 or i is None]
             if bad:
-                raise ValueError(f'{self.ann_file}: ids of {key} must be given and differ; '
-                                 f'these are shared or missing: {listed(bad, 5)}.')
+                raise ValueError(
+                    f'{self.ann_file}: ids of {key} must be given and differ; '
+                    f'these are shared or missing: {listed(bad, 5)}.'
+                )
         self._set_classes(data['categories'])
         annotations = self._without_novel(data)
         annotations_of = by_image(annotations)
@@ -81,7 +93,8 @@ class OpenWorldCocoDataset(CocoDataset):
             empty = sum(not info['instances'] for info in self.data_list)
             raise ValueError(
                 f'{self.ann_file}: none of its {len(self.data_list)} images can be used: {empty} '
-                f'have no valid object, and filter_cfg={self.filter_cfg} took out the others.')
+                f'have no valid object, and filter_cfg={self.filter_cfg} took out the others.'
+            )
         return kept
 
     def _read(self) -> dict:
@@ -102,7 +115,8 @@ class OpenWorldCocoDataset(CocoDataset):
             if given is not None and len(given) != 1:
                 raise ValueError(
                     f'{self.ann_file}: metainfo gives {len(given)} classes, but a class-agnostic '
-                    'data set has one. Set class_agnostic=False, or leave the classes out.')
+                    'data set has one. Set class_agnostic=False, or leave the classes out.'
+                )
             self.cat_ids = list(ids.values())
             self.cat2label = dict.fromkeys(self.cat_ids, 0)
             return
@@ -112,7 +126,8 @@ class OpenWorldCocoDataset(CocoDataset):
             raise ValueError(
                 f'{self.ann_file}: metainfo asks for the classes {listed(missing)}, which the file '
                 f'does not have; it has {listed(ids)}. Leave the classes out to take those of the '
-                'file, or correct their spelling.')
+                'file, or correct their spelling.'
+            )
         self._metainfo['classes'] = classes
         if given is None:
             self._metainfo.pop('palette', None)
@@ -125,24 +140,33 @@ class OpenWorldCocoDataset(CocoDataset):
         base = base_category_ids(data['categories'], self.base_categories)
         if self.novel == 'drop':
             return [ann for ann in data['annotations'] if ann['category_id'] in base]
-        return [ann if ann['category_id'] in base else {**ann, 'iscrowd': 1}
-                for ann in data['annotations']]
+        return [
+            ann if ann['category_id'] in base else {**ann, 'iscrowd': 1}
+            for ann in data['annotations']
+        ]
 
     def _parse(self, image: dict, annotations: list[dict]) -> dict:
         for annotation in annotations:
             box = annotation.get('bbox')
-            if not isinstance(box, list) or len(box) != 4 or not all(map(math.isfinite, box)) \
-                    or 'area' not in annotation:
+            if (
+                not isinstance(box, list)
+                or len(box) != 4
+                or not all(map(math.isfinite, box))
+                or 'area' not in annotation
+            ):
                 raise ValueError(
                     f'{self.ann_file}: annotation {annotation["id"]} needs a bbox of four finite '
                     f'numbers and an area, and has {box} and {annotation.get("area")}. '
-                    'tools/check_data.py lists all such entries.')
+                    'tools/check_data.py lists all such entries.'
+                )
         try:
-            return self.parse_data_info({'raw_img_info': {**image, 'img_id': image['id']},
-                                         'raw_ann_info': annotations})
+            return self.parse_data_info(
+                {'raw_img_info': {**image, 'img_id': image['id']}, 'raw_ann_info': annotations}
+            )
         except KeyError as error:
-            raise ValueError(f'{self.ann_file}: image {image["id"]} or one of its annotations '
-                             f'lacks {error}.') from None
+            raise ValueError(
+                f'{self.ann_file}: image {image["id"]} or one of its annotations lacks {error}.'
+            ) from None
 
     def _check_images(self, data_list: list[dict]) -> None:
         missing = [info['img_path'] for info in data_list if not os.path.isfile(info['img_path'])]
@@ -150,7 +174,8 @@ class OpenWorldCocoDataset(CocoDataset):
             raise FileNotFoundError(
                 f'{len(missing)} of the {len(data_list)} images that {self.ann_file} lists are '
                 f'missing, among them {listed(missing, 3)}. '
-                'Supply them, or correct data_root and data_prefix.')
+                'Supply them, or correct data_root and data_prefix.'
+            )
 
 
 @DATASETS.register_module()

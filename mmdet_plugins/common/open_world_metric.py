@@ -58,17 +58,20 @@ class OpenWorldMetric(BaseMetric):
 
     default_prefix = 'open_world'
 
-    def __init__(self, ann_file: str | None = None,
-                 metric: str | Sequence[str] = ('bbox', 'segm'),
-                 max_dets: Sequence[int] = (1, 10, 100),
-                 base_categories: Collection[str] | str | None = None,
-                 tide: bool = False,
-                 outfile_prefix: str | None = None,
-                 format_only: bool = False,
-                 backend_args: dict | None = None,
-                 collect_device: str = 'cpu',
-                 prefix: str | None = None,
-                 collect_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        ann_file: str | None = None,
+        metric: str | Sequence[str] = ('bbox', 'segm'),
+        max_dets: Sequence[int] = (1, 10, 100),
+        base_categories: Collection[str] | str | None = None,
+        tide: bool = False,
+        outfile_prefix: str | None = None,
+        format_only: bool = False,
+        backend_args: dict | None = None,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+        collect_dir: str | None = None,
+    ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         if format_only and outfile_prefix is None:
             raise ValueError('format_only=True writes results only: say where by outfile_prefix.')
@@ -79,7 +82,10 @@ class OpenWorldMetric(BaseMetric):
         self.outfile_prefix = outfile_prefix
         self._settings = {
             'iou_types': (metric,) if isinstance(metric, str) else tuple(metric),
-            'max_dets': tuple(max_dets), 'split': base_categories is not None, 'tide': tide}
+            'max_dets': tuple(max_dets),
+            'split': base_categories is not None,
+            'tide': tide,
+        }
         self._base_ids = None
         self._images: dict[int, dict] = {}
         if ann_file is not None and not format_only:
@@ -129,8 +135,10 @@ class OpenWorldMetric(BaseMetric):
         logger = MMLogger.get_current_instance()
         unseen = len(self._images) - len(evaluator.image_ids)
         if self.ann_file is not None and unseen > 0:
-            logger.warning(f'{unseen} of the {len(self._images)} images of {self.ann_file} were '
-                           'not shown and do not count.')
+            logger.warning(
+                f'{unseen} of the {len(self._images)} images of {self.ann_file} were '
+                'not shown and do not count.'
+            )
         metrics = evaluator.compute()
         logger.info('\n' + format_table(metrics))
         return metrics
@@ -142,12 +150,14 @@ class OpenWorldMetric(BaseMetric):
             if len(masks) and tuple(masks.shape[1:]) != tuple(sample['ori_shape'][:2]):
                 raise ValueError(
                     f'Image {sample["img_id"]}: masks of size {tuple(masks.shape[1:])}, but the '
-                    f'image is {tuple(sample["ori_shape"][:2])}: predict in original pixels.')
+                    f'image is {tuple(sample["ori_shape"][:2])}: predict in original pixels.'
+                )
             masks = encode_masks(masks)
         elif masks is not None:
             masks = [segmentation_to_rle(rle, sample['ori_shape'][:2]) for rle in masks]
-        return Detections(_to_xywh(pred['bboxes']),
-                          pred['scores'].detach().cpu().double().numpy(), masks)
+        return Detections(
+            _to_xywh(pred['bboxes']), pred['scores'].detach().cpu().double().numpy(), masks
+        )
 
     def _objects(self, sample: dict) -> Objects:
         image_id = sample['img_id']
@@ -155,12 +165,19 @@ class OpenWorldMetric(BaseMetric):
             if image_id not in self._images:
                 raise ValueError(
                     f'Image {image_id} is not in {self.ann_file} (which has '
-                    f'{listed(self._images, 3)}): data set and metric read different files.')
-            return to_objects(self._annotations[image_id], self._images[image_id],
-                              self._with_masks, self._base_ids)
+                    f'{listed(self._images, 3)}): data set and metric read different files.'
+                )
+            return to_objects(
+                self._annotations[image_id],
+                self._images[image_id],
+                self._with_masks,
+                self._base_ids,
+            )
         if 'gt_instances' not in sample:
-            raise ValueError(f'Image {image_id} comes without gt_instances: load annotations in '
-                             'the test pipeline, or give the metric an ann_file.')
+            raise ValueError(
+                f'Image {image_id} comes without gt_instances: load annotations in '
+                'the test pipeline, or give the metric an ann_file.'
+            )
         parts = [sample['gt_instances'], sample.get('ignored_instances', {'bboxes': []})]
         crowd = np.repeat([False, True], [len(part['bboxes']) for part in parts])
         parts = [part for part in parts if len(part['bboxes'])]
@@ -169,8 +186,11 @@ class OpenWorldMetric(BaseMetric):
         if not self._with_masks:
             return Objects(boxes, boxes[:, 2] * boxes[:, 3], crowd)
         masks = [part['masks'] for part in parts]
-        rles = [rle for part in masks for rle in encode_masks(
-            part if isinstance(part, Tensor) else part.to_ndarray())]
+        rles = [
+            rle
+            for part in masks
+            for rle in encode_masks(part if isinstance(part, Tensor) else part.to_ndarray())
+        ]
         return Objects(boxes, area(rles).astype(np.float64), crowd, rles)
 
     def _write(self, found: dict[int, Detections]) -> None:
@@ -180,8 +200,9 @@ class OpenWorldMetric(BaseMetric):
             separator = '['
             for image_id in sorted(found):
                 detections = found[image_id]
-                for i, (box, score) in enumerate(zip(detections.boxes_xywh.tolist(),
-                                                     detections.scores.tolist(), strict=True)):
+                for i, (box, score) in enumerate(
+                    zip(detections.boxes_xywh.tolist(), detections.scores.tolist(), strict=True)
+                ):
                     result = {'image_id': image_id, 'category_id': 1, 'bbox': box, 'score': score}
                     if detections.rles is not None:
                         result['segmentation'] = detections.rles[i]

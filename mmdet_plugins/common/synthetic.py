@@ -356,4 +356,3 @@ def make_demo_data(
         )
         with atomic_write(out_dir / f'instances_{split}.json') as file:
             json.dump(content, file)
-

@@ -39,16 +39,19 @@ class TimmBackbone(BaseModule):
         ValueError: timm has no such model.
     """
 
-    def __init__(self,
-                 model_name: str,
-                 out_indices: Sequence[int] = (-4, -3, -2, -1),
-                 norm_eval: bool = False,
-                 init_cfg: dict | None = None,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        out_indices: Sequence[int] = (-4, -3, -2, -1),
+        norm_eval: bool = False,
+        init_cfg: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(init_cfg)
         self.norm_eval = norm_eval
         self._recipe = dict(
-            model_name=model_name, features_only=True, out_indices=tuple(out_indices), **kwargs)
+            model_name=model_name, features_only=True, out_indices=tuple(out_indices), **kwargs
+        )
         self.timm_model = _create(pretrained=False, **self._recipe)
         self.out_channels = self.timm_model.feature_info.channels()
         self.out_strides = self.timm_model.feature_info.reduction()
@@ -70,7 +73,8 @@ class TimmBackbone(BaseModule):
                 raise ValueError(
                     f'{checkpoint} lacks {len(mismatch.missing_keys)} weights of timm model '
                     f'{self._recipe["model_name"]}, {mismatch.missing_keys[0]} for one: give a '
-                    'state dict of that model')
+                    'state dict of that model'
+                )
         self.is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -97,11 +101,14 @@ def _create(model_name: str, **kwargs: Any) -> nn.Module:
     except ImportError as error:
         raise ImportError(
             f'backbone {model_name} needs timm, which cannot be imported ({error}): '
-            'pip install timm') from error
+            'pip install timm'
+        ) from error
     if not timm.is_model(model_name):
         close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
-        raise ValueError(f'timm {timm.__version__} has no model {model_name!r}'
-                         + (f'; close to it are {", ".join(close)}' if close else ''))
+        raise ValueError(
+            f'timm {timm.__version__} has no model {model_name!r}'
+            + (f'; close to it are {", ".join(close)}' if close else '')
+        )
     # Models with a fixed grid have a switch of one of these names, the others take any size.
     for switch in (dict(strict_img_size=False), dict(dynamic_img_size=True), {}):
         try:

@@ -45,15 +45,24 @@ def uvo_to_coco(data: Mapping) -> dict:
     if 'images' in data:
         return dict(data)
     if not isinstance(data.get('videos'), list) or not isinstance(data.get('annotations'), list):
-        raise ValueError('not a UVO file: it has neither "images" nor "videos" and "annotations" '
-                         f'(it has {", ".join(map(str, data)) or "nothing"})')
+        raise ValueError(
+            'not a UVO file: it has neither "images" nor "videos" and "annotations" '
+            f'(it has {", ".join(map(str, data)) or "nothing"})'
+        )
     images: list[dict] = []
     frames: dict[int, list[dict]] = {}
     for video in data['videos']:
         frames[video['id']] = [
-            {'id': len(images) + i, 'file_name': name, 'height': video['height'],
-             'width': video['width'], 'video_id': video['id'], 'frame_idx': i - 1}
-            for i, name in enumerate(video['file_names'], start=1)]
+            {
+                'id': len(images) + i,
+                'file_name': name,
+                'height': video['height'],
+                'width': video['width'],
+                'video_id': video['id'],
+                'frame_idx': i - 1,
+            }
+            for i, name in enumerate(video['file_names'], start=1)
+        ]
         images += frames[video['id']]
     annotations: list[dict] = []
     for track in data['annotations']:
@@ -63,7 +72,8 @@ def uvo_to_coco(data: Mapping) -> dict:
         shown = frames[track['video_id']]
         if len(track['segmentations']) != len(shown):
             raise ValueError(
-                f'{where}: {len(track["segmentations"])} masks for {len(shown)} frames')
+                f'{where}: {len(track["segmentations"])} masks for {len(shown)} frames'
+            )
         for i, (image, segmentation) in enumerate(zip(shown, track['segmentations'], strict=True)):
             if not segmentation:
                 continue
@@ -71,9 +81,17 @@ def uvo_to_coco(data: Mapping) -> dict:
             if box is None or area is None:
                 rle = segmentation_to_rle(segmentation, (image['height'], image['width']))
                 box, area = rle_ops.to_bbox(rle).tolist(), float(rle_ops.area(rle))
-            annotations.append({
-                'id': len(annotations) + 1, 'image_id': image['id'], 'track_id': track['id'],
-                'category_id': track.get('category_id', 1), 'iscrowd': track.get('iscrowd', 0),
-                'segmentation': segmentation, 'bbox': box, 'area': area})
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': image['id'],
+                    'track_id': track['id'],
+                    'category_id': track.get('category_id', 1),
+                    'iscrowd': track.get('iscrowd', 0),
+                    'segmentation': segmentation,
+                    'bbox': box,
+                    'area': area,
+                }
+            )
     categories = data.get('categories') or [{'id': 1, 'name': 'object'}]
     return {'images': images, 'annotations': annotations, 'categories': categories}

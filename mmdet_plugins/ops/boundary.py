@@ -37,10 +37,14 @@ def mask_boundary(mask: np.ndarray, width: int) -> np.ndarray:
     # constant time per pixel from a summed area table.
     window = 2 * width + 1
     table = np.zeros((mask.shape[0] + window, mask.shape[1] + window), dtype=np.int32)
-    table[width + 1:-width, width + 1:-width] = mask
+    table[width + 1 : -width, width + 1 : -width] = mask
     table = table.cumsum(0, out=table).cumsum(1, out=table)
-    count = (table[window:, window:] - table[:-window, window:]
-             - table[window:, :-window] + table[:-window, :-window])
+    count = (
+        table[window:, window:]
+        - table[:-window, window:]
+        - table[window:, :-window]
+        + table[:-window, :-window]
+    )
     return mask & (count < window * window)
 
 
@@ -52,14 +56,19 @@ def rle_boundary(rle: dict, ratio: float = DILATION_RATIO) -> dict:
     height, width = rle['size']
     x, y, w, h = (int(v) for v in rle_ops.to_bbox(rle))
     mask = rle_ops.decode(rle)
-    crop = mask[y:y + h, x:x + w]
+    crop = mask[y : y + h, x : x + w]
     if crop.size:
         crop[...] = mask_boundary(crop, boundary_width(height, width, ratio))
     return rle_ops.encode(np.asfortranarray(mask))
 
 
-def boundary_iou(detections: Sequence[dict], truths: Sequence[dict], crowd: np.ndarray,
-                 min_iou: float = 0.0, ratio: float = DILATION_RATIO) -> np.ndarray:
+def boundary_iou(
+    detections: Sequence[dict],
+    truths: Sequence[dict],
+    crowd: np.ndarray,
+    min_iou: float = 0.0,
+    ratio: float = DILATION_RATIO,
+) -> np.ndarray:
     """min(mask IoU, boundary IoU) of every detection with every ground truth.
 
     A crowd region has no boundary of its own: there the measure is the mask's (intersection over
@@ -82,9 +91,11 @@ def boundary_iou(detections: Sequence[dict], truths: Sequence[dict], crowd: np.n
     close = (ious >= max(min_iou, np.finfo(np.float64).tiny)) & ~crowd
     rows, cols = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
     if rows.size:
-        edges = rle_ops.iou([rle_boundary(detections[i], ratio) for i in rows],
-                            [rle_boundary(truths[j], ratio) for j in cols],
-                            np.zeros(len(cols), dtype=bool))
+        edges = rle_ops.iou(
+            [rle_boundary(detections[i], ratio) for i in rows],
+            [rle_boundary(truths[j], ratio) for j in cols],
+            np.zeros(len(cols), dtype=bool),
+        )
         pairs = np.ix_(rows, cols)
         ious[pairs] = np.where(close[pairs], np.minimum(ious[pairs], edges), ious[pairs])
     return ious

@@ -24,11 +24,9 @@ _STRIP = 1 << 18
 _STRIP_DEVICE = 1 << 25
 
 
-def carafe(features: Tensor,
-           masks: Tensor,
-           kernel_size: int,
-           group_size: int,
-           scale_factor: int) -> Tensor:
+def carafe(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
     """Reassemble features with one kernel per output pixel, as ``mmcv.ops.carafe`` does.
 
     Args:
@@ -49,15 +47,19 @@ def carafe(features: Tensor,
     """
     n, c, h, w = features.shape
     if kernel_size < 1 or kernel_size % 2 == 0 or scale_factor < 1:
-        raise ValueError(f'CARAFE needs an odd kernel size and a scale factor of 1 or more, got '
-                         f'kernel_size={kernel_size}, scale_factor={scale_factor}')
+        raise ValueError(
+            f'CARAFE needs an odd kernel size and a scale factor of 1 or more, got '
+            f'kernel_size={kernel_size}, scale_factor={scale_factor}'
+        )
     if group_size < 1 or c % group_size:
         raise ValueError(f'{c} channels do not split into {group_size} groups')
     expected = (n, group_size * kernel_size**2, h * scale_factor, w * scale_factor)
     if masks.shape != expected:
-        raise ValueError(f'CARAFE masks are {tuple(masks.shape)}; features {tuple(features.shape)} '
-                         f'with kernel_size={kernel_size}, group_size={group_size}, '
-                         f'scale_factor={scale_factor} need {expected}')
+        raise ValueError(
+            f'CARAFE masks are {tuple(masks.shape)}; features {tuple(features.shape)} '
+            f'with kernel_size={kernel_size}, group_size={group_size}, '
+            f'scale_factor={scale_factor} need {expected}'
+        )
     return _Carafe.apply(features, masks, kernel_size, group_size, scale_factor)
 
 
@@ -101,15 +103,16 @@ class _Strips:
     def inner(self, padded: Tensor) -> Tensor:
         """The ``[c, h, w]`` that a padded map surrounds, as a view."""
         r = self.k // 2
-        return padded[r:r + self.h, r:r + self.w].permute(2, 0, 1)
+        return padded[r : r + self.h, r : r + self.w].permute(2, 0, 1)
 
     def patches(self, padded: Tensor, rows: slice) -> Tensor:
         """``[windows, k*k, c]``: the neighbourhoods of a chunk, as overlapping views of a strip."""
         for y in range(self.k):
-            source = padded[rows.start + y:rows.stop + y]
-            self.strip[:source.shape[0] * self.pitch, y] = source.flatten(0, 1)
-        return self.strip.as_strided((self.windows, self.k**2, self.c),
-                                     (self.k * self.c, self.c, 1))
+            source = padded[rows.start + y : rows.stop + y]
+            self.strip[: source.shape[0] * self.pitch, y] = source.flatten(0, 1)
+        return self.strip.as_strided(
+            (self.windows, self.k**2, self.c), (self.k * self.c, self.c, 1)
+        )
 
     def cells(self, image: Tensor) -> Tensor:
         """View ``[..., s*h, s*w]`` as ``[..., h, s, w, s]``."""
@@ -122,21 +125,25 @@ class _Strips:
     def chunk(self, buffer: Tensor, rows: slice) -> Tensor:
         """View ``[windows, s*s, m]`` as the ``[m, R, s, w, s]`` that lie on the map."""
         view = buffer.view(self.rows, self.pitch, self.s, self.s, -1)
-        return view[:rows.stop - rows.start, :self.w].permute(4, 0, 2, 1, 3)
+        return view[: rows.stop - rows.start, : self.w].permute(4, 0, 2, 1, 3)
 
 
 class _Carafe(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, features: Tensor, masks: Tensor, k: int, groups: int, s: int) -> Tensor:
         ctx.save_for_backward(features, masks)
         ctx.sizes = (k, groups, s)
-        channels_last = (features.is_contiguous(memory_format=torch.channels_last)
-                         and not features.is_contiguous())
+        channels_last = (
+            features.is_contiguous(memory_format=torch.channels_last)
+            and not features.is_contiguous()
+        )
         n, c, h, w = features.shape
-        out = torch.empty((n, c, h * s, w * s), dtype=features.dtype, device=features.device,
-                          memory_format=torch.channels_last if channels_last else
-                          torch.contiguous_format)
+        out = torch.empty(
+            (n, c, h * s, w * s),
+            dtype=features.dtype,
+            device=features.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
         strips = _Strips(features, k, groups, s)
         weights = strips.zeros(strips.windows, s * s, k * k)
         sums = strips.zeros(strips.windows, s * s, strips.c)
@@ -197,8 +204,8 @@ class _Scatter:
         self.weights = strips.zeros(strips.windows, s * s, k * k)
         self.band = strips.zeros(self.tiles, tile * s * s, width)
         self.diagonal = self.band.as_strided(
-            (self.tiles, tile, s * s, k * k),
-            (tile * s * s * width, s * s * width + k, width, 1))
+            (self.tiles, tile, s * s, k * k), (tile * s * s * width, s * s * width + k, width, 1)
+        )
         self.sums = strips.zeros(self.tiles, tile + k - 1, k * strips.c)
         self.strip = strips.zeros(self.tiles, tile, k * strips.c)
 
@@ -207,10 +214,13 @@ class _Scatter:
         strips, k = self.strips, self.strips.k
         strips.chunk(self.weights, rows).unflatten(0, (k, k)).copy_(mask[:, :, rows])
         self.diagonal.copy_(self.weights.view(self.diagonal.shape))
-        torch.bmm(self.band.transpose(1, 2), flow.view(self.tiles, -1, strips.c),
-                  out=self.sums.view(self.tiles, -1, strips.c))
-        self.strip.copy_(self.sums[:, :strips.tile])
-        self.strip[1:, :k - 1] += self.sums[:-1, strips.tile:]
-        strip = self.strip.view(strips.rows, strips.pitch, k, strips.c)[:rows.stop - rows.start]
+        torch.bmm(
+            self.band.transpose(1, 2),
+            flow.view(self.tiles, -1, strips.c),
+            out=self.sums.view(self.tiles, -1, strips.c),
+        )
+        self.strip.copy_(self.sums[:, : strips.tile])
+        self.strip[1:, : k - 1] += self.sums[:-1, strips.tile :]
+        strip = self.strip.view(strips.rows, strips.pitch, k, strips.c)[: rows.stop - rows.start]
         for y in range(k):
-            total[rows.start + y:rows.stop + y] += strip[:, :, y]
+            total[rows.start + y : rows.stop + y] += strip[:, :, y]

@@ -36,7 +36,8 @@ def _key(sizes_hw: SizesHW, strides: Sequence[int]) -> tuple[tuple, tuple]:
     steps = tuple(strides)
     if len(sizes) != len(steps):
         raise ValueError(
-            f'{len(sizes)} level sizes but {len(steps)} strides: give one stride per level')
+            f'{len(sizes)} level sizes but {len(steps)} strides: give one stride per level'
+        )
     return sizes, steps
 
 
@@ -54,8 +55,9 @@ def _grid(sizes: tuple, strides: tuple, device: torch.device, dtype: torch.dtype
 
 
 @lru_cache(maxsize=32)
-def _anchors(sizes: tuple, strides: tuple, scale: float, device: torch.device,
-             dtype: torch.dtype) -> Tensor:
+def _anchors(
+    sizes: tuple, strides: tuple, scale: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         col, row, pitch = _grid(sizes, strides, device, dtype)
         half = pitch * scale / 4
@@ -63,11 +65,13 @@ def _anchors(sizes: tuple, strides: tuple, scale: float, device: torch.device,
         return torch.stack([x - half, y - half, x + half, y + half]).t()
 
 
-def grid_anchors(sizes_hw: SizesHW,
-                 strides: Sequence[int],
-                 scale: float,
-                 device: torch.device | str = 'cpu',
-                 dtype: torch.dtype = torch.float32) -> Tensor:
+def grid_anchors(
+    sizes_hw: SizesHW,
+    strides: Sequence[int],
+    scale: float,
+    device: torch.device | str = 'cpu',
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """One square anchor of side ``scale * stride`` per cell, centred on ``(col, row) * stride``.
 
     The values are those of mmdet's ``AnchorGenerator(scales=[scale], ratios=[1.0])``.
@@ -87,21 +91,24 @@ def grid_anchors(sizes_hw: SizesHW,
 
 
 @lru_cache(maxsize=128)
-def _valid_flags(sizes: tuple, strides: tuple, pad_hw: tuple[int, int],
-                 device: torch.device) -> Tensor:
+def _valid_flags(
+    sizes: tuple, strides: tuple, pad_hw: tuple[int, int], device: torch.device
+) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         flags = []
         for (h, w), stride in zip(sizes, strides, strict=True):
             level = torch.zeros((h, w), dtype=torch.bool, device=device)
-            level[:math.ceil(pad_hw[0] / stride), :math.ceil(pad_hw[1] / stride)] = True
+            level[: math.ceil(pad_hw[0] / stride), : math.ceil(pad_hw[1] / stride)] = True
             flags.append(level.flatten())
         return torch.cat(flags)
 
 
-def valid_flags(sizes_hw: SizesHW,
-                strides: Sequence[int],
-                pad_shapes_hw: Sequence[tuple[int, int]],
-                device: torch.device | str = 'cpu') -> Tensor:
+def valid_flags(
+    sizes_hw: SizesHW,
+    strides: Sequence[int],
+    pad_shapes_hw: Sequence[tuple[int, int]],
+    device: torch.device | str = 'cpu',
+) -> Tensor:
     """Which cells start inside each image's padded area (mmdet's ``AnchorGenerator.valid_flags``).
 
     Args:
@@ -115,11 +122,13 @@ def valid_flags(sizes_hw: SizesHW,
     """
     key, device = _key(sizes_hw, strides), torch.device(device)
     return torch.stack(
-        [_valid_flags(*key, (int(hw[0]), int(hw[1])), device) for hw in pad_shapes_hw])
+        [_valid_flags(*key, (int(hw[0]), int(hw[1])), device) for hw in pad_shapes_hw]
+    )
 
 
-def adaptive_offsets(anchors_xyxy: Tensor, sizes_hw: SizesHW,
-                     strides: Sequence[int]) -> list[Tensor]:
+def adaptive_offsets(
+    anchors_xyxy: Tensor, sizes_hw: SizesHW, strides: Sequence[int]
+) -> list[Tensor]:
     """Offsets by which a 3x3 deformable convolution samples centre, edges and corners of anchors.
 
     Bitwise equal to mmdet's ``StageCascadeRPNHead.anchor_offset`` followed by the permutation in
@@ -141,8 +150,10 @@ def adaptive_offsets(anchors_xyxy: Tensor, sizes_hw: SizesHW,
     sizes, steps = _key(sizes_hw, strides)
     batch, num, _ = anchors_xyxy.shape
     if num != sum(h * w for h, w in sizes):
-        raise ValueError(f'{num} anchors an image but the levels {list(sizes)} have '
-                         f'{sum(h * w for h, w in sizes)} cells: one anchor per cell is needed')
+        raise ValueError(
+            f'{num} anchors an image but the levels {list(sizes)} have '
+            f'{sum(h * w for h, w in sizes)} cells: one anchor per cell is needed'
+        )
     grid = _grid(sizes, steps, anchors_xyxy.device, anchors_xyxy.dtype)
 
     def axis(low: Tensor, high: Tensor, cell: Tensor) -> Tensor:
@@ -171,12 +182,14 @@ def _four(values: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(values) if isinstance(values, Sequence) else (values,) * 4
 
 
-def decode_deltas(anchors_xyxy: Tensor,
-                  deltas: Tensor,
-                  stds: float | Sequence[float],
-                  means: float | Sequence[float] = 0.0,
-                  max_shape_hw: Tensor | None = None,
-                  wh_ratio_clip: float = 16 / 1000) -> Tensor:
+def decode_deltas(
+    anchors_xyxy: Tensor,
+    deltas: Tensor,
+    stds: float | Sequence[float],
+    means: float | Sequence[float] = 0.0,
+    max_shape_hw: Tensor | None = None,
+    wh_ratio_clip: float = 16 / 1000,
+) -> Tensor:
     """Apply ``(dx, dy, dw, dh)`` to anchors; equal to mmdet's ``DeltaXYWHBBoxCoder.decode``.
 
     Args:
@@ -217,10 +230,12 @@ def decode_deltas(anchors_xyxy: Tensor,
     return torch.stack([x1, y1, x2, y2], dim=1).transpose(1, 2)
 
 
-def encode_deltas(anchors_xyxy: Tensor,
-                  boxes_xyxy: Tensor,
-                  stds: float | Sequence[float],
-                  means: float | Sequence[float] = 0.0) -> Tensor:
+def encode_deltas(
+    anchors_xyxy: Tensor,
+    boxes_xyxy: Tensor,
+    stds: float | Sequence[float],
+    means: float | Sequence[float] = 0.0,
+) -> Tensor:
     """The inverse of :func:`decode_deltas`; equal to mmdet's ``DeltaXYWHBBoxCoder.encode``.
 
     Args:
@@ -236,7 +251,10 @@ def encode_deltas(anchors_xyxy: Tensor,
     px1, py1, px2, py2 = anchors_xyxy.float().unbind(-1)
     gx1, gy1, gx2, gy2 = boxes_xyxy.float().unbind(-1)
     pw, ph = px2 - px1, py2 - py1
-    raw = (((gx1 + gx2) * 0.5 - (px1 + px2) * 0.5) / pw, ((gy1 + gy2) * 0.5 -
-                                                         (py1 + py2) * 0.5) / ph,
-           ((gx2 - gx1) / pw).log(), ((gy2 - gy1) / ph).log())
+    raw = (
+        ((gx1 + gx2) * 0.5 - (px1 + px2) * 0.5) / pw,
+        ((gy1 + gy2) * 0.5 - (py1 + py2) * 0.5) / ph,
+        ((gx2 - gx1) / pw).log(),
+        ((gy2 - gy1) / ph).log(),
+    )
     return torch.stack([(d - m) / s for d, m, s in zip(raw, means, stds, strict=True)], dim=-1)

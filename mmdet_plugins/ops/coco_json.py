@@ -79,8 +79,10 @@ def read_json(path: JsonFile) -> Any:
     except UnicodeDecodeError:
         raise ValueError(f'{path}: this is not a JSON file (not even text).') from None
     except json.JSONDecodeError as error:
-        raise ValueError(f'{path}: not valid JSON at line {error.lineno}, column {error.colno} '
-                         f'({error.msg}). If it was cut short, fetch or write it again.') from None
+        raise ValueError(
+            f'{path}: not valid JSON at line {error.lineno}, column {error.colno} '
+            f'({error.msg}). If it was cut short, fetch or write it again.'
+        ) from None
 
 
 def load_coco(source: JsonFile | Mapping) -> dict:
@@ -101,19 +103,26 @@ def check_coco(data: Any, name: str = 'The annotations') -> dict:
         It as a dict: ``images``, ``annotations`` and ``categories`` are lists.
     """
     if isinstance(data, list):
-        raise ValueError(f'{name}: this is a list, which is how COCO results look; '
-                         'annotations are an object with images, annotations and categories.')
+        raise ValueError(
+            f'{name}: this is a list, which is how COCO results look; '
+            'annotations are an object with images, annotations and categories.'
+        )
     if not isinstance(data, Mapping):
-        raise ValueError(f'{name}: not a COCO annotation file: an object with images, annotations '
-                         f'and categories is needed, this is a {type(data).__name__}.')
+        raise ValueError(
+            f'{name}: not a COCO annotation file: an object with images, annotations '
+            f'and categories is needed, this is a {type(data).__name__}.'
+        )
     if 'videos' in data and 'images' not in data:
-        raise ValueError(f'{name}: this lists videos, not images. '
-                         'Use UVODataset, or convert it with tools/convert/uvo_to_coco.py.')
+        raise ValueError(
+            f'{name}: this lists videos, not images. '
+            'Use UVODataset, or convert it with tools/convert/uvo_to_coco.py.'
+        )
     for key in ('images', 'annotations', 'categories'):
         if not isinstance(data.get(key), list):
             found = ', '.join(sorted(map(str, data))[:6]) or 'nothing'
-            raise ValueError(f'{name}: not a COCO annotation file: it has no list "{key}" '
-                             f'(it has {found}).')
+            raise ValueError(
+                f'{name}: not a COCO annotation file: it has no list "{key}" (it has {found}).'
+            )
     return dict(data)
 
 
@@ -126,18 +135,29 @@ def load_results(source: JsonFile | list) -> list[dict]:
     name = 'The results' if isinstance(source, list) else os.fspath(source)
     data = source if isinstance(source, list) else read_json(source)
     if not isinstance(data, list):
-        raise ValueError(f'{name}: COCO results are a list of objects with image_id, category_id, '
-                         f'score and bbox or segmentation; this is a {type(data).__name__}.')
+        raise ValueError(
+            f'{name}: COCO results are a list of objects with image_id, category_id, '
+            f'score and bbox or segmentation; this is a {type(data).__name__}.'
+        )
     for i, result in enumerate(data):
-        if not isinstance(result, dict) or not {'image_id', 'score'} <= result.keys() \
-                or not result.keys() & {'bbox', 'segmentation'}:
-            raise ValueError(f'{name}: entry {i} is not a COCO result: it needs image_id, score, '
-                             'and bbox or segmentation.')
+        if (
+            not isinstance(result, dict)
+            or not {'image_id', 'score'} <= result.keys()
+            or not result.keys() & {'bbox', 'segmentation'}
+        ):
+            raise ValueError(
+                f'{name}: entry {i} is not a COCO result: it needs image_id, score, '
+                'and bbox or segmentation.'
+            )
     return data
 
 
-def to_objects(annotations: Iterable[Mapping], image: Mapping, with_masks: bool = False,
-               base_ids: Collection[int] | None = None) -> Objects:
+def to_objects(
+    annotations: Iterable[Mapping],
+    image: Mapping,
+    with_masks: bool = False,
+    base_ids: Collection[int] | None = None,
+) -> Objects:
     """Annotations of one image as arrays.
 
     Args:
@@ -156,19 +176,23 @@ def to_objects(annotations: Iterable[Mapping], image: Mapping, with_masks: bool 
         for ann in annotations:
             try:
                 rle = segmentation_to_rle(
-                    ann.get('segmentation'), (image['height'], image['width']))
+                    ann.get('segmentation'), (image['height'], image['width'])
+                )
             except (KeyError, ValueError) as error:
                 raise ValueError(
                     f'Annotation {ann.get("id")} of image {image["id"]} has no usable mask '
-                    f'({error}); tools/check_data.py lists all of them.') from None
+                    f'({error}); tools/check_data.py lists all of them.'
+                ) from None
             rles.append(rle)
     return Objects(
         boxes_xywh=np.array([ann['bbox'] for ann in annotations], np.float64).reshape(-1, 4),
         areas=np.array([ann['area'] for ann in annotations], np.float64),
         crowd=np.array([bool(ann.get('iscrowd', 0)) for ann in annotations], bool),
         rles=rles,
-        base=None if base_ids is None else np.array(
-            [ann['category_id'] in base_ids for ann in annotations], bool))
+        base=None
+        if base_ids is None
+        else np.array([ann['category_id'] in base_ids for ann in annotations], bool),
+    )
 
 
 def to_detections(results: Iterable[Mapping], with_masks: bool = False) -> Detections:
@@ -179,16 +203,20 @@ def to_detections(results: Iterable[Mapping], with_masks: bool = False) -> Detec
     if with_masks:
         missing = [r['image_id'] for r in results if 'segmentation' not in r]
         if missing:
-            raise ValueError(f'A result of image {missing[0]} has no segmentation, so its mask '
-                             "cannot be evaluated; evaluate 'bbox' only.")
+            raise ValueError(
+                f'A result of image {missing[0]} has no segmentation, so its mask '
+                "cannot be evaluated; evaluate 'bbox' only."
+            )
         rles = [r['segmentation'] for r in results]
-    return Detections(np.array(boxes, np.float64).reshape(-1, 4),
-                      np.array([r['score'] for r in results], np.float64), rles)
+    return Detections(
+        np.array(boxes, np.float64).reshape(-1, 4),
+        np.array([r['score'] for r in results], np.float64),
+        rles,
+    )
 
 
 def by_image(entries: Iterable[Mapping]) -> dict[int, list]:
-    """Annotations or results by image id; within an image by category, as pycocotools takes them.
-    """
+    """Annotations or results by image id, within an image by category as in pycocotools."""
     groups = defaultdict(list)
     for entry in sorted(entries, key=lambda entry: entry.get('category_id', 0)):
         groups[entry['image_id']].append(entry)
@@ -204,8 +232,10 @@ def base_category_ids(categories: Iterable[Mapping], names: Collection[str]) -> 
     ids = {category['name']: category['id'] for category in categories}
     missing = [name for name in names if name not in ids]
     if missing:
-        raise ValueError(f'{listed(missing)} not among the categories of the annotations, '
-                         f'which are {listed(ids)}.')
+        raise ValueError(
+            f'{listed(missing)} not among the categories of the annotations, '
+            f'which are {listed(ids)}.'
+        )
     return {ids[name] for name in names}
 
 

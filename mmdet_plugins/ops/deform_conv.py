@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def deform_conv2d(features: Tensor,
-                  offset: Tensor,
-                  weight: Tensor,
-                  bias: Tensor | None = None,
-                  mask: Tensor | None = None,
-                  stride: int = 1,
-                  padding: int = 0,
-                  dilation: int = 1) -> Tensor:
+def deform_conv2d(
+    features: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> Tensor:
     """Convolve at displaced locations (Dai et al., "Deformable Convolutional Networks", ICCV 2017,
     section 2.1; modulated by ``mask``: Zhu et al., CVPR 2019, section 3.2).
 
@@ -45,19 +47,25 @@ def deform_conv2d(features: Tensor,
     n, c, height, width = features.shape
     o, c_weight, k, k_other = weight.shape
     h, w = ((size + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for size in (height, width))
-    if c != c_weight or k != k_other or offset.shape != (n, 2 * k * k, h, w) or (
-            mask is not None and mask.shape != (n, k * k, h, w)):
+    if (
+        c != c_weight
+        or k != k_other
+        or offset.shape != (n, 2 * k * k, h, w)
+        or (mask is not None and mask.shape != (n, k * k, h, w))
+    ):
         raise ValueError(
             f'features {list(features.shape)} and weight {list(weight.shape)} want an offset of '
             f'{[n, 2 * k * k, h, w]} and a mask of {[n, k * k, h, w]}, not {list(offset.shape)} '
-            f'and {mask if mask is None else list(mask.shape)}')
+            f'and {mask if mask is None else list(mask.shape)}'
+        )
     dtype = torch.promote_types(features.dtype, torch.float32)
     taps = torch.arange(k, device=features.device, dtype=dtype) * dilation - padding
     rows = torch.arange(h, device=features.device, dtype=dtype) * stride
     columns = torch.arange(w, device=features.device, dtype=dtype) * stride
     shift = offset.to(dtype).view(n, k * k, 2, h, w).permute(0, 3, 4, 1, 2)  # [N, h, w, K, 2]
     y_idx, y_weight = _corners(
-        shift[..., 0] + rows[:, None, None] + taps.repeat_interleave(k), height)
+        shift[..., 0] + rows[:, None, None] + taps.repeat_interleave(k), height
+    )
     x_idx, x_weight = _corners(shift[..., 1] + columns[:, None] + taps.repeat(k), width)
     if mask is not None:
         y_weight = y_weight * mask.to(dtype).permute(0, 2, 3, 1)[..., None]
@@ -68,7 +76,8 @@ def deform_conv2d(features: Tensor,
         idx.view(-1, 4),
         features.to(dtype).permute(0, 2, 3, 1).reshape(n * height * width, c),
         per_sample_weights=(y_weight[..., :, None] * x_weight[..., None, :]).view(-1, 4),
-        mode='sum')
+        mode='sum',
+    )
     kernel = weight.to(dtype).permute(2, 3, 1, 0).reshape(k * k * c, o)
     out = sampled.view(n * h * w, k * k * c) @ kernel
     if bias is not None:

@@ -33,8 +33,12 @@ from .rle import area as mask_area
 
 IOU_TYPES = ('bbox', 'segm', 'boundary')
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-AREAS = {'all': (0.0, 1e10), 'small': (0.0, 32.0**2), 'medium': (32.0**2, 96.0**2),
-         'large': (96.0**2, 1e10)}
+AREAS = {
+    'all': (0.0, 1e10),
+    'small': (0.0, 32.0**2),
+    'medium': (32.0**2, 96.0**2),
+    'large': (96.0**2, 1e10),
+}
 AP_BUDGET = 100
 _CATEGORY = {'id': 1, 'name': 'object'}
 # An area beyond every range: COCO's matching then ignores the object without taking it for a crowd.
@@ -63,8 +67,13 @@ class OpenWorldEvaluator:
             al., ECCV 2020), for boxes and masks. Keeps all boxes, or RLE masks, in memory.
     """
 
-    def __init__(self, iou_types: Sequence[str] = ('bbox',), max_dets: Sequence[int] = (1, 10, 100),
-                 split: bool = False, tide: bool = False) -> None:
+    def __init__(
+        self,
+        iou_types: Sequence[str] = ('bbox',),
+        max_dets: Sequence[int] = (1, 10, 100),
+        split: bool = False,
+        tide: bool = False,
+    ) -> None:
         unknown = set(iou_types) - set(IOU_TYPES)
         if unknown or not iou_types:
             raise ValueError(f'iou_types must be of {", ".join(IOU_TYPES)}, not {list(iou_types)}.')
@@ -77,7 +86,8 @@ class OpenWorldEvaluator:
         budgets = tuple(sorted({*self.max_dets, AP_BUDGET}))
         self._engines = {
             (part, t): _GreedyEngine(t, budgets) if t == 'boundary' else _StreamEngine(t, budgets)
-            for part in (('', 'novel_', 'base_') if split else ('',)) for t in self.iou_types
+            for part in (('', 'novel_', 'base_') if split else ('',))
+            for t in self.iou_types
         }
         self._tide = {t: _TideErrors(t) for t in self.iou_types if t != 'boundary'} if tide else {}
 
@@ -99,8 +109,12 @@ class OpenWorldEvaluator:
             if part:
                 other = objects.base if part == 'novel_' else ~objects.base
                 dets = detections[_off_ignored(iou_type, objects, detections, other)]
-                gts = Objects(objects.boxes_xywh, np.where(other, _IGNORED_AREA, objects.areas),
-                              objects.crowd, objects.rles)
+                gts = Objects(
+                    objects.boxes_xywh,
+                    np.where(other, _IGNORED_AREA, objects.areas),
+                    objects.crowd,
+                    objects.rles,
+                )
             engine.update(image_id, gts, dets)
         for errors in self._tide.values():
             errors.update(image_id, objects, detections)
@@ -117,8 +131,10 @@ class OpenWorldEvaluator:
         if any(t != 'bbox' for t in self.iou_types):
             for what, side in (('annotations', objects), ('predictions', detections)):
                 if side.rles is None or len(side.rles) != len(side):
-                    raise ValueError(f'{where}: masks are evaluated, but the {what} lack masks. '
-                                     "Evaluate 'bbox' only, or supply them.")
+                    raise ValueError(
+                        f'{where}: masks are evaluated, but the {what} lack masks. '
+                        "Evaluate 'bbox' only, or supply them."
+                    )
         if self.split and objects.base is None:
             raise ValueError(f'{where}: a base/novel split needs base objects to be marked.')
 
@@ -191,8 +207,9 @@ def _by_score(detections: Detections) -> np.ndarray:
     return np.argsort(-detections.scores, kind='stable')
 
 
-def _off_ignored(iou_type: str, objects: Objects, detections: Detections,
-                 ignored: np.ndarray) -> np.ndarray:
+def _off_ignored(
+    iou_type: str, objects: Objects, detections: Detections, ignored: np.ndarray
+) -> np.ndarray:
     """Indices of the detections that do not hit an object of ``ignored`` [G] bool."""
     order = _by_score(detections)
     if not ignored.any():
@@ -203,8 +220,12 @@ def _off_ignored(iou_type: str, objects: Objects, detections: Detections,
     return order[~((matches >= 0) & ignored[matches])]
 
 
-def greedy_match(ious: np.ndarray, ignored: np.ndarray, crowd: np.ndarray,
-                 thresholds: np.ndarray = IOU_THRESHOLDS) -> np.ndarray:
+def greedy_match(
+    ious: np.ndarray,
+    ignored: np.ndarray,
+    crowd: np.ndarray,
+    thresholds: np.ndarray = IOU_THRESHOLDS,
+) -> np.ndarray:
     """COCO's matching: each detection in turn takes the best free object it reaches.
 
     Objects that count go before ignored ones; among equals the last one wins; a crowd can be taken
@@ -303,7 +324,7 @@ class _GreedyEngine:
         self._images: dict[int, tuple[np.ndarray, ...]] = {}
 
     def update(self, image_id: int, objects: Objects, detections: Detections) -> None:
-        detections = detections[_by_score(detections)[:self.budgets[-1]]]
+        detections = detections[_by_score(detections)[: self.budgets[-1]]]
         low, high = np.array(list(AREAS.values())).T[:, :, None]
         ignored = objects.crowd | (objects.areas < low) | (objects.areas > high)
         ious = _pairwise_iou(self.iou_type, objects, detections)
@@ -317,9 +338,12 @@ class _GreedyEngine:
         found = [true[..., :budget].sum(-1).T for budget in self.budgets]
         top = slice(AP_BUDGET)
         self._images[image_id] = (
-            detections.scores[top], true[..., top],
+            detections.scores[top],
+            true[..., top],
             (on_ignored | (~matched & out_of_range))[..., top],
-            (~ignored).sum(1), np.stack(found, -1).astype(np.int32))
+            (~ignored).sum(1),
+            np.stack(found, -1).astype(np.int32),
+        )
 
     def join(self, engines: Sequence['_GreedyEngine']) -> None:
         for engine in engines:
@@ -328,7 +352,8 @@ class _GreedyEngine:
     def compute(self) -> tuple[np.ndarray, np.ndarray]:
         """``[T, A]`` average precision at 100 detections and ``[T, A, K]`` recall."""
         scores, true, ignored, num_objects, num_found = zip(
-            *(self._images[i] for i in sorted(self._images)), strict=True)
+            *(self._images[i] for i in sorted(self._images)), strict=True
+        )
         scores, true, ignored = (np.concatenate(x, -1) for x in (scores, true, ignored))
         num_objects, num_found = sum(num_objects), sum(num_found)
         precision, recall = np.full(num_found.shape[:2], -1.0), np.full(num_found.shape, -1.0)
@@ -336,7 +361,8 @@ class _GreedyEngine:
             recall[:, a] = num_found[:, a] / num_objects[a]
             for t in range(len(IOU_THRESHOLDS)):
                 precision[t, a] = hotcoco.metrics.average_precision(
-                    scores, true[a, t], int(num_objects[a]), ignored=ignored[a, t])
+                    scores, true[a, t], int(num_objects[a]), ignored=ignored[a, t]
+                )
         return precision, recall
 
 
@@ -349,8 +375,10 @@ class _TideErrors:
 
     def update(self, image_id: int, objects: Objects, detections: Detections) -> None:
         top = detections[_by_score(detections)[:AP_BUDGET]]
-        self._images[image_id] = (_annotations(image_id, objects, self.iou_type == 'segm'),
-                                  _results(image_id, top, self.iou_type))
+        self._images[image_id] = (
+            _annotations(image_id, objects, self.iou_type == 'segm'),
+            _results(image_id, top, self.iou_type),
+        )
 
     def join(self, others: Sequence['_TideErrors']) -> None:
         for other in others:
@@ -359,8 +387,13 @@ class _TideErrors:
     def compute(self) -> dict[str, float]:
         ids = sorted(self._images)
         truths = [annotation for i in ids for annotation in self._images[i][0]]
-        gt = hotcoco.COCO({'images': [{'id': i} for i in ids], 'categories': [_CATEGORY],
-                           'annotations': [{**t, 'id': n} for n, t in enumerate(truths, start=1)]})
+        gt = hotcoco.COCO(
+            {
+                'images': [{'id': i} for i in ids],
+                'categories': [_CATEGORY],
+                'annotations': [{**t, 'id': n} for n, t in enumerate(truths, start=1)],
+            }
+        )
         found = gt.load_res([result for i in ids for result in self._images[i][1]])
         evaluation = hotcoco.COCOeval(gt, found, self.iou_type)
         evaluation.evaluate()
@@ -368,14 +401,23 @@ class _TideErrors:
         return {kind: costs[kind] for kind in ('Loc', 'Dupe', 'Bkg', 'Miss', 'FP', 'FN')}
 
 
-def _annotations(image_id: int, objects: Objects, with_masks: bool,
-                 first_id: int = 1) -> list[dict]:
+def _annotations(
+    image_id: int, objects: Objects, with_masks: bool, first_id: int = 1
+) -> list[dict]:
     annotations = [
-        {'id': i, 'image_id': image_id, 'category_id': 1, 'bbox': box, 'area': area,
-         'iscrowd': int(crowd)}
+        {
+            'id': i,
+            'image_id': image_id,
+            'category_id': 1,
+            'bbox': box,
+            'area': area,
+            'iscrowd': int(crowd),
+        }
         for i, (box, area, crowd) in enumerate(
             zip(objects.boxes_xywh.tolist(), objects.areas.tolist(), objects.crowd, strict=True),
-            start=first_id)]
+            start=first_id,
+        )
+    ]
     if with_masks:
         for annotation, rle in zip(annotations, objects.rles, strict=True):
             annotation['segmentation'] = rle
@@ -383,10 +425,15 @@ def _annotations(image_id: int, objects: Objects, with_masks: bool,
 
 
 def _results(image_id: int, detections: Detections, iou_type: str = 'segm') -> list[dict]:
-    key, shapes = (('bbox', detections.boxes_xywh.tolist()) if iou_type == 'bbox'
-                   else ('segmentation', detections.rles))
-    return [{'image_id': image_id, 'category_id': 1, key: shape, 'score': score}
-            for shape, score in zip(shapes, detections.scores.tolist(), strict=True)]
+    key, shapes = (
+        ('bbox', detections.boxes_xywh.tolist())
+        if iou_type == 'bbox'
+        else ('segmentation', detections.rles)
+    )
+    return [
+        {'image_id': image_id, 'category_id': 1, key: shape, 'score': score}
+        for shape, score in zip(shapes, detections.scores.tolist(), strict=True)
+    ]
 
 
 def format_table(metrics: Mapping[str, float]) -> str:
@@ -402,15 +449,20 @@ def format_table(metrics: Mapping[str, float]) -> str:
     lines = [['', *columns]]
     lines += [[row, *(f'{metrics[f"{row}_{column}"]:.3f}' for column in columns)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-                     for line in lines)
+    return '\n'.join(
+        '  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
-def evaluate_json(annotations: JsonFile | Mapping, results: JsonFile | list[dict],
-                  iou_types: Sequence[str] = ('bbox', 'segm'),
-                  max_dets: Sequence[int] = (1, 10, 100),
-                  base_categories: Collection[str] | None = None,
-                  tide: bool = False) -> dict[str, float]:
+def evaluate_json(
+    annotations: JsonFile | Mapping,
+    results: JsonFile | list[dict],
+    iou_types: Sequence[str] = ('bbox', 'segm'),
+    max_dets: Sequence[int] = (1, 10, 100),
+    base_categories: Collection[str] | None = None,
+    tide: bool = False,
+) -> dict[str, float]:
     """Class-agnostic metrics of a COCO result file against a COCO annotation file.
 
     Every image of the annotation file counts, with or without results. Categories matter for the
@@ -432,8 +484,9 @@ def evaluate_json(annotations: JsonFile | Mapping, results: JsonFile | list[dict
             image, or results name images that the annotations do not have.
     """
     truth, found = load_coco(annotations), load_results(results)
-    base_ids = (None if base_categories is None
-                else base_category_ids(truth['categories'], base_categories))
+    base_ids = (
+        None if base_categories is None else base_category_ids(truth['categories'], base_categories)
+    )
     evaluator = OpenWorldEvaluator(iou_types, max_dets, base_ids is not None, tide)
     truth_of, found_of = by_image(truth['annotations']), by_image(found)
     ids = {image['id'] for image in truth['images']}
@@ -442,7 +495,8 @@ def evaluate_json(annotations: JsonFile | Mapping, results: JsonFile | list[dict
         raise ValueError(
             f'{len(strangers)} of the {len(found_of)} images with results are not in the '
             f'annotations ({listed(strangers, 3)}; the annotations have {listed(ids, 3)}): '
-            'results and annotations belong to different data.')
+            'results and annotations belong to different data.'
+        )
     with_masks = any(t != 'bbox' for t in iou_types)
     for image in truth['images']:
         objects = to_objects(truth_of[image['id']], image, with_masks, base_ids)

@@ -50,21 +50,23 @@ class SimOTAResult(NamedTuple):
     iou: Tensor
 
 
-def dual_sim_ota(points_xy: Tensor,
-                 boxes_xyxy: Tensor,
-                 scores: Tensor,
-                 gt_xyxy: Tensor,
-                 *,
-                 gt_labels: Tensor | None = None,
-                 topk: Sequence[int] = (10, 20),
-                 center_rule: str = 'ratio',
-                 center_radius: float = 0.25,
-                 strides: Tensor | None = None,
-                 iou_weight: float = 3.0,
-                 cls_weight: float = 1.0,
-                 ensure_positive: bool = False,
-                 image_hw: tuple[int, int] | None = None,
-                 valid: Tensor | None = None) -> tuple[SimOTAResult, ...]:
+def dual_sim_ota(
+    points_xy: Tensor,
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    gt_xyxy: Tensor,
+    *,
+    gt_labels: Tensor | None = None,
+    topk: Sequence[int] = (10, 20),
+    center_rule: str = 'ratio',
+    center_radius: float = 0.25,
+    strides: Tensor | None = None,
+    iou_weight: float = 3.0,
+    cls_weight: float = 1.0,
+    ensure_positive: bool = False,
+    image_hw: tuple[int, int] | None = None,
+    valid: Tensor | None = None,
+) -> tuple[SimOTAResult, ...]:
     """Assign priors to ground truths by SimOTA, once for each top-k, from one pass over the pairs.
 
     With ``center_rule='stride'`` the result is that of mmdet's ``SimOTAAssigner``; where its
@@ -111,7 +113,10 @@ def dual_sim_ota(points_xy: Tensor,
         return tuple(
             SimOTAResult(
                 torch.full((num_priors,), -1, dtype=torch.long, device=device),
-                torch.zeros(num_priors, device=device)) for _ in topk)
+                torch.zeros(num_priors, device=device),
+            )
+            for _ in topk
+        )
     with torch.no_grad():
         cls_cost = _class_cost(scores.float().reshape(num_priors, -1), cls_weight)
         priors = _priors(points_xy.float(), boxes_xyxy.float(), cls_cost, valid)
@@ -130,17 +135,32 @@ def dual_sim_ota(points_xy: Tensor,
             slot = gts.forced.remainder(num_priors + 1)
             candidate = F.pad(candidate, (0, 1)).index_fill_(0, slot, True)[:num_priors]
         rank = _rank_blockwise if on_cpu else _rank
-        tops = rank(priors._replace(index=priors.index.where(candidate, -1)), gts, cls_cost,
-                    max(topk), iou_weight)
+        tops = rank(
+            priors._replace(index=priors.index.where(candidate, -1)),
+            gts,
+            cls_cost,
+            max(topk),
+            iou_weight,
+        )
         return _match(priors, gts, cls_cost, *tops, topk, iou_weight, center_rule == 'stride')
 
 
-def _check(points: Tensor, boxes: Tensor, scores: Tensor, gt: Tensor, labels: Tensor | None,
-           topk: Sequence[int], rule: str, strides: Tensor | None) -> None:
+def _check(
+    points: Tensor,
+    boxes: Tensor,
+    scores: Tensor,
+    gt: Tensor,
+    labels: Tensor | None,
+    topk: Sequence[int],
+    rule: str,
+    strides: Tensor | None,
+) -> None:
     num = points.shape[0]
     if points.shape != (num, 2) or boxes.shape != (num, 4) or scores.shape[:1] != (num,):
-        raise ValueError('points_xy must be [P, 2], boxes_xyxy [P, 4], scores [P] or [P, C]; got '
-                         f'{tuple(points.shape)}, {tuple(boxes.shape)}, {tuple(scores.shape)}')
+        raise ValueError(
+            'points_xy must be [P, 2], boxes_xyxy [P, 4], scores [P] or [P, C]; got '
+            f'{tuple(points.shape)}, {tuple(boxes.shape)}, {tuple(scores.shape)}'
+        )
     if gt.ndim != 2 or gt.shape[1] != 4:
         raise ValueError(f'gt_xyxy must be [G, 4], got {tuple(gt.shape)}')
     if labels is not None and labels.shape != gt.shape[:1]:
@@ -221,7 +241,8 @@ def _priors(points: Tensor, boxes: Tensor, cls_cost: Tensor, valid: Tensor | Non
         high=high,
         area=(high - low).prod(0),
         index=torch.arange(points.shape[0], device=points.device),
-        reach=None)
+        reach=None,
+    )
 
 
 def _ground_truths(gt: Tensor, labels: Tensor | None) -> _GroundTruths:
@@ -236,7 +257,8 @@ def _ground_truths(gt: Tensor, labels: Tensor | None) -> _GroundTruths:
         label=torch.zeros_like(index) if labels is None else labels.long(),
         index=index,
         reach=None,
-        forced=None)
+        forced=None,
+    )
 
 
 def _inside(priors: _Priors, gts: _GroundTruths) -> tuple[Tensor, Tensor]:
@@ -299,8 +321,9 @@ def _find(priors: _Priors, gts: _GroundTruths) -> tuple[Tensor, Tensor]:
     return candidate, has_central
 
 
-def _rank(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int,
-          iou_weight: float) -> tuple[Tensor, Tensor]:
+def _rank(
+    priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int, iou_weight: float
+) -> tuple[Tensor, Tensor]:
     """The k highest IoUs ``[G, k]``, descending, and the k first ranks ``[G, k]`` of candidates."""
     row = priors.map(lambda t: t.unsqueeze(-2))
     tops = [
@@ -310,8 +333,9 @@ def _rank(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int,
     return torch.cat([t[0] for t in tops]), torch.cat([t[1] for t in tops])
 
 
-def _top(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int,
-         iou_weight: float) -> tuple[Tensor, Tensor]:
+def _top(
+    priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int, iou_weight: float
+) -> tuple[Tensor, Tensor]:
     out = priors.index < 0
     iou = _iou(priors, gts)
     rank = _sortable(_cost(iou, cls_cost, iou_weight)).bitwise_or_(priors.index)
@@ -362,10 +386,11 @@ class _Blocks:
         self.num = -(-num // _BLOCK)
         self.missing = (self.num + 1) * _BLOCK - num
         self.priors = priors.map(self.cut)._replace(
-            point=self.cut(priors.point, torch.nan), index=self.cut(priors.index, -1))
+            point=self.cut(priors.point, torch.nan), index=self.cut(priors.index, -1)
+        )
         out = priors.point.isnan()
-        self.low = self.cut(low.masked_fill(out, torch.inf), torch.inf)[:, :self.num].amin(2)
-        self.high = self.cut(high.masked_fill(out, -torch.inf), -torch.inf)[:, :self.num].amax(2)
+        self.low = self.cut(low.masked_fill(out, torch.inf), torch.inf)[:, : self.num].amin(2)
+        self.high = self.cut(high.masked_fill(out, -torch.inf), -torch.inf)[:, : self.num].amax(2)
 
     def cut(self, values: Tensor, fill: float = 0) -> Tensor:
         """``[..., P]`` to ``[..., blocks, size]``."""
@@ -382,8 +407,8 @@ class _Blocks:
         counts, start = counts.tolist(), 0
         ids = torch.arange(self.num)
         while start < len(counts) and counts[start]:
-            rows = order[start:start + max(1, _BUDGET // (counts[start] * _BLOCK))]
-            blocks = ids.where(near[rows], self.num).sort(1)[0][:, :counts[start]]
+            rows = order[start : start + max(1, _BUDGET // (counts[start] * _BLOCK))]
+            blocks = ids.where(near[rows], self.num).sort(1)[0][:, : counts[start]]
             yield rows, blocks
             start += len(rows)
 
@@ -403,8 +428,9 @@ def _find_blockwise(priors: _Priors, gts: _GroundTruths) -> tuple[Tensor, Tensor
         low, high = low - reach, high + reach
     reach = 0 if gts.reach is None else gts.reach
     blocks = _Blocks(priors, low, high)
-    near = blocks.near(torch.minimum(gts.low, gts.centre - reach),
-                       torch.maximum(gts.high, gts.centre + reach))
+    near = blocks.near(
+        torch.minimum(gts.low, gts.centre - reach), torch.maximum(gts.high, gts.centre + reach)
+    )
     candidate = torch.zeros_like(priors.index, dtype=torch.bool)
     has_central = torch.zeros_like(gts.index, dtype=torch.bool)
     unused = dict(low=None, high=None, area=None)
@@ -416,8 +442,9 @@ def _find_blockwise(priors: _Priors, gts: _GroundTruths) -> tuple[Tensor, Tensor
     return candidate, has_central
 
 
-def _rank_blockwise(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int,
-                    iou_weight: float) -> tuple[Tensor, Tensor]:
+def _rank_blockwise(
+    priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: int, iou_weight: float
+) -> tuple[Tensor, Tensor]:
     """:func:`_rank`, skipping blocks that lie apart from a ground truth.
 
     What is skipped has an IoU of 0 and is not central. It can matter only to a ground truth that
@@ -430,8 +457,9 @@ def _rank_blockwise(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: in
     if chosen.numel() == 0:
         return top_iou, top_rank
     priors, cls_cost = priors.map(lambda t: t[..., chosen]), cls_cost[:, chosen]
-    blocks = _Blocks(priors, torch.minimum(priors.low, priors.point),
-                     torch.maximum(priors.high, priors.point))
+    blocks = _Blocks(
+        priors, torch.minimum(priors.low, priors.point), torch.maximum(priors.high, priors.point)
+    )
     near = blocks.near(gts.low, gts.high)
     if gts.forced is not None:
         at = torch.searchsorted(chosen, gts.forced).div_(_BLOCK, rounding_mode='floor')
@@ -448,8 +476,9 @@ def _rank_blockwise(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, k: in
     last = _dynamic_k(top_iou, k).clamp_(max=k) - 1
     short = (top_rank.gather(1, last[:, None])[:, 0] >= skipped).nonzero().squeeze(1)
     if short.numel():
-        top_iou[short], top_rank[short] = _rank(priors, gts.map(lambda t: t[..., short]), cls_cost,
-                                                k, iou_weight)
+        top_iou[short], top_rank[short] = _rank(
+            priors, gts.map(lambda t: t[..., short]), cls_cost, k, iou_weight
+        )
     return top_iou, top_rank
 
 
@@ -458,9 +487,16 @@ def _dynamic_k(top_iou: Tensor, k: int) -> Tensor:
     return top_iou.t()[:k].contiguous().sum(0).int().clamp_(min=1).long()
 
 
-def _match(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, top_iou: Tensor,
-           top_rank: Tensor, topk: Sequence[int], iou_weight: float,
-           stock_ties: bool) -> tuple[SimOTAResult, ...]:
+def _match(
+    priors: _Priors,
+    gts: _GroundTruths,
+    cls_cost: Tensor,
+    top_iou: Tensor,
+    top_rank: Tensor,
+    topk: Sequence[int],
+    iou_weight: float,
+    stock_ties: bool,
+) -> tuple[SimOTAResult, ...]:
     """Claims ``[G, K]`` for each top-k, contested ones settled."""
     num_priors, (num_gts, width) = priors.index.numel(), top_rank.shape
     counts = torch.stack([_dynamic_k(top_iou, k) for k in topk])
@@ -479,11 +515,19 @@ def _match(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, top_iou: Tenso
     gt_idx = torch.full_like(claims, -1, dtype=torch.long).scatter_(1, slot, winner)
     iou = torch.zeros_like(claims, dtype=iou.dtype).scatter_(1, slot, iou)
     return tuple(
-        SimOTAResult(*row) for row in zip(gt_idx[:, :num_priors], iou[:, :num_priors], strict=True))
+        SimOTAResult(*row) for row in zip(gt_idx[:, :num_priors], iou[:, :num_priors], strict=True)
+    )
 
 
-def _cheapest(priors: _Priors, gts: _GroundTruths, cls_cost: Tensor, prior: Tensor,
-              wanted: Tensor, iou_weight: float, stock_ties: bool) -> Tensor:
+def _cheapest(
+    priors: _Priors,
+    gts: _GroundTruths,
+    cls_cost: Tensor,
+    prior: Tensor,
+    wanted: Tensor,
+    iou_weight: float,
+    stock_ties: bool,
+) -> Tensor:
     """The ground truth that costs each of the priors ``[M]`` least; 0 where it is not wanted."""
     best = torch.zeros_like(prior)
     on_cpu = prior.device.type == 'cpu'

@@ -37,7 +37,8 @@ def _build(batch: int, device: str) -> Sides:
         feat_channels=8,
         anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[1.0], strides=STRIDES),
         adapt_cfg=dict(type='dilation', dilation=3),
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=(0.0,) * 4, target_stds=STDS))
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=(0.0,) * 4, target_stds=STDS),
+    )
 
     def ours() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         anchors = grid_anchors(SIZES_HW, STRIDES, 8, device)
@@ -50,10 +51,14 @@ def _build(batch: int, device: str) -> Sides:
         anchors, flags = head.get_anchors(SIZES_HW, metas, device=device)
         boxes = head.refine_bboxes(anchors, deltas, metas)
         offsets = head.anchor_offset(boxes, STRIDES, SIZES_HW)
-        return flags, boxes, [
-            o.permute(0, 2, 1).reshape(batch, 18, h, w).contiguous()
-            for o, (h, w) in zip(offsets, SIZES_HW, strict=True)
-        ]
+        return (
+            flags,
+            boxes,
+            [
+                o.permute(0, 2, 1).reshape(batch, 18, h, w).contiguous()
+                for o, (h, w) in zip(offsets, SIZES_HW, strict=True)
+            ],
+        )
 
     def parity(mine: tuple, theirs: tuple) -> str:
         flags, boxes, offsets = mine

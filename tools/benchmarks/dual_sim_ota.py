@@ -27,14 +27,14 @@ def _build(device: str) -> Sides:
     rng = torch.Generator().manual_seed(0)
     anchors = grid_anchors(SIZES_HW, STRIDES, 8)
     num = anchors.shape[0]
-    strides = torch.cat([
-        torch.full((h * w,), float(s)) for (h, w), s in zip(SIZES_HW, STRIDES, strict=True)
-    ])
+    strides = torch.cat(
+        [torch.full((h * w,), float(s)) for (h, w), s in zip(SIZES_HW, STRIDES, strict=True)]
+    )
     points = (anchors[:, :2] + anchors[:, 2:]) / 2
     centre = points + torch.randn(num, 2, generator=rng) * strides[:, None]
     half = 4 * strides[:, None] * torch.exp(torch.randn(num, 2, generator=rng) * 0.5)
     refined = torch.cat([centre - half, centre + half], dim=1)
-    side = 16 * 25**torch.rand(NUM_OBJECTS, 2, generator=rng)
+    side = 16 * 25 ** torch.rand(NUM_OBJECTS, 2, generator=rng)
     middle = torch.rand(NUM_OBJECTS, 2, generator=rng) * torch.tensor(IMAGE_HW[::-1])
     gt = torch.cat([middle - side / 2, middle + side / 2], dim=1)
     scores = [torch.rand(num, 1, generator=rng) for _ in range(2)]
@@ -47,16 +47,28 @@ def _build(device: str) -> Sides:
 
     def ours() -> list:
         return [
-            result for boxes, score in stages
-            for result in dual_sim_ota(points, boxes, score, gt, topk=TOPK, center_rule='stride',
-                                       center_radius=RADIUS, strides=strides)
+            result
+            for boxes, score in stages
+            for result in dual_sim_ota(
+                points,
+                boxes,
+                score,
+                gt,
+                topk=TOPK,
+                center_rule='stride',
+                center_radius=RADIUS,
+                strides=strides,
+            )
         ]
 
     def peer() -> list:
         return [
-            assigner.assign(InstanceData(priors=priors, bboxes=boxes, scores=score),
-                            InstanceData(bboxes=gt, labels=labels))
-            for boxes, score in stages for assigner in assigners
+            assigner.assign(
+                InstanceData(priors=priors, bboxes=boxes, scores=score),
+                InstanceData(bboxes=gt, labels=labels),
+            )
+            for boxes, score in stages
+            for assigner in assigners
         ]
 
     def parity(mine: list, theirs: list) -> str:

@@ -31,27 +31,49 @@ def make_case(num_images: int, num_boxes: int, folder: str) -> tuple[str, list[d
         size = np.exp(rng.uniform(np.log(12), np.log(300), (num_objects, 2)))
         boxes = np.concatenate((rng.random((num_objects, 2)) * ((WIDTH, HEIGHT) - size), size), 1)
         annotations += [
-            {'id': len(annotations) + i, 'image_id': image_id, 'category_id': 1, 'bbox': box,
-             'area': box[2] * box[3], 'iscrowd': int(rng.random() < 0.02)}
-            for i, box in enumerate(boxes.tolist(), start=1)]
-        found = np.concatenate((rng.random((num_boxes, 2)) * (WIDTH, HEIGHT),
-                                10 + 200 * rng.random((num_boxes, 2))), 1)
+            {
+                'id': len(annotations) + i,
+                'image_id': image_id,
+                'category_id': 1,
+                'bbox': box,
+                'area': box[2] * box[3],
+                'iscrowd': int(rng.random() < 0.02),
+            }
+            for i, box in enumerate(boxes.tolist(), start=1)
+        ]
+        found = np.concatenate(
+            (rng.random((num_boxes, 2)) * (WIDTH, HEIGHT), 10 + 200 * rng.random((num_boxes, 2))), 1
+        )
         if num_objects:
             near = rng.random(num_boxes) < 0.8
             source = boxes[rng.integers(num_objects, size=near.sum())]
             spread = rng.choice((0.02, 0.08, 0.2), (len(source), 1)) * np.tile(source[:, 2:], 2)
             found[near] = source + rng.normal(size=source.shape) * spread
         found[:, 2:] = found[:, :2] + found[:, 2:].clip(2)
-        samples.append({
-            'img_id': image_id, 'ori_shape': (HEIGHT, WIDTH),
-            'pred_instances': {'bboxes': torch.from_numpy(found.astype(np.float32)),
-                               'scores': torch.from_numpy(rng.random(num_boxes, np.float32)),
-                               'labels': torch.zeros(num_boxes, dtype=torch.int64)}})
+        samples.append(
+            {
+                'img_id': image_id,
+                'ori_shape': (HEIGHT, WIDTH),
+                'pred_instances': {
+                    'bboxes': torch.from_numpy(found.astype(np.float32)),
+                    'scores': torch.from_numpy(rng.random(num_boxes, np.float32)),
+                    'labels': torch.zeros(num_boxes, dtype=torch.int64),
+                },
+            }
+        )
     path = Path(folder, 'annotations.json')
-    path.write_text(json.dumps({
-        'images': [{'id': i, 'height': HEIGHT, 'width': WIDTH, 'file_name': f'{i}.jpg'}
-                   for i in range(1, num_images + 1)],
-        'annotations': annotations, 'categories': [{'id': 1, 'name': 'object'}]}))
+    path.write_text(
+        json.dumps(
+            {
+                'images': [
+                    {'id': i, 'height': HEIGHT, 'width': WIDTH, 'file_name': f'{i}.jpg'}
+                    for i in range(1, num_images + 1)
+                ],
+                'annotations': annotations,
+                'categories': [{'id': 1, 'name': 'object'}],
+            }
+        )
+    )
     return str(path), samples
 
 
@@ -79,7 +101,7 @@ def build(num_images: int, num_boxes: int, device: str) -> Sides:
     def run(metric):
         with contextlib.redirect_stdout(io.StringIO()):
             for start in range(0, num_images, 8):
-                metric.process({}, samples[start:start + 8])
+                metric.process({}, samples[start : start + 8])
             return metric.evaluate(num_images)
 
     def run_peer():

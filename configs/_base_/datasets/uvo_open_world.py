@@ -20,7 +20,8 @@ test_pipeline = [
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
 ]
 train_sparse = dict(
     type='RepeatDataset',
@@ -32,7 +33,9 @@ train_sparse = dict(
         data_prefix=dict(img='uvo_videos_sparse_frames/'),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=train_pipeline,
-        backend_args=backend_args))
+        backend_args=backend_args,
+    ),
+)
 train_dense = dict(
     type='UVODataset',
     data_root=data_root,
@@ -40,14 +43,16 @@ train_dense = dict(
     data_prefix=dict(img='uvo_videos_dense_frames/'),
     filter_cfg=dict(filter_empty_gt=True, min_size=32),
     pipeline=train_pipeline,
-    backend_args=backend_args)
+    backend_args=backend_args,
+)
 train_dataloader = dict(
     batch_size=2,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     batch_sampler=dict(type='AspectRatioBatchSampler'),
-    dataset=dict(type='ConcatDataset', datasets=[train_sparse, train_dense]))
+    dataset=dict(type='ConcatDataset', datasets=[train_sparse, train_dense]),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -61,12 +66,15 @@ val_dataloader = dict(
         data_prefix=dict(img='uvo_videos_sparse_frames/'),
         test_mode=True,
         pipeline=test_pipeline,
-        backend_args=backend_args))
+        backend_args=backend_args,
+    ),
+)
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
     type='OpenWorldMetric',
     ann_file=data_root + 'FrameSet/UVO_frame_val.json',
     metric='bbox',
-    max_dets=[100, 300, 1000])
+    max_dets=[100, 300, 1000],
+)
 test_evaluator = val_evaluator

@@ -17,8 +17,8 @@ model = dict(
         mlp_ratio=4,
         qkv_bias=True,
         qk_scale=None,
-        drop_rate=0.,
-        attn_drop_rate=0.,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
         drop_path_rate=0.3,
         patch_norm=True,
         out_indices=(0, 1, 2, 3),
@@ -27,5 +27,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-            'swin_large_patch4_window12_384_22k.pth')),
-    neck=dict(in_channels=[192, 384, 768, 1536]))
+            'swin_large_patch4_window12_384_22k.pth',
+        ),
+    ),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)

@@ -10,4 +10,5 @@ custom_imports = dict(
         'mmdet_plugins.common.datasets',
         'mmdet_plugins.common.open_world_metric',
     ],
-    allow_failed_imports=False)
+    allow_failed_imports=False,
+)

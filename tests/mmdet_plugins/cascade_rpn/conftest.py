@@ -29,12 +29,15 @@ HEAD = ConfigDict(
             adapt_type='dilation',
             bridged_feature=True,
             with_cls=False,
-            target_stds=[0.1, 0.1, 0.2, 0.2]),
+            target_stds=[0.1, 0.1, 0.2, 0.2],
+        ),
         dict(adapt_type='offset', target_stds=[0.05, 0.05, 0.1, 0.1]),
     ],
     train_cfg=dict(assigner=SIMOTA, reg_assigner=dict(SIMOTA, topk=20)),
     test_cfg=dict(
-        nms_pre=60, max_per_img=40, nms=dict(type='nms', iou_threshold=0.8), min_bbox_size=0))
+        nms_pre=60, max_per_img=40, nms=dict(type='nms', iou_threshold=0.8), min_bbox_size=0
+    ),
+)
 
 
 @pytest.fixture
@@ -55,12 +58,17 @@ def make_head() -> Callable[..., UVOCascadeRPNHead]:
 def make_samples() -> Callable[..., list[DetDataSample]]:
     """Data samples from one list of ground truths per image."""
 
-    def make(boxes: list, ignored: list | None = None, img_shape: tuple = (96, 160),
-             **metainfo) -> list[DetDataSample]:
+    def make(
+        boxes: list, ignored: list | None = None, img_shape: tuple = (96, 160), **metainfo
+    ) -> list[DetDataSample]:
         samples = []
         for i, gts in enumerate(boxes):
-            meta = dict(img_shape=img_shape, pad_shape=img_shape, ori_shape=img_shape,
-                        scale_factor=(1.0, 1.0))
+            meta = dict(
+                img_shape=img_shape,
+                pad_shape=img_shape,
+                ori_shape=img_shape,
+                scale_factor=(1.0, 1.0),
+            )
             sample = DetDataSample(metainfo={**meta, **metainfo})
             sample.gt_instances = _instances(gts)
             if ignored is not None:
@@ -74,7 +82,8 @@ def make_samples() -> Callable[..., list[DetDataSample]]:
 def _instances(boxes: list) -> InstanceData:
     return InstanceData(
         bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.zeros(len(boxes), dtype=torch.long))
+        labels=torch.zeros(len(boxes), dtype=torch.long),
+    )
 
 
 @pytest.fixture
@@ -87,5 +96,7 @@ def features() -> list[torch.Tensor]:
 @pytest.fixture
 def gts() -> list[list[list[float]]]:
     """Objects of two images: one for each level, a tall one, and two that overlap at the border."""
-    return [[[10, 12, 90, 70], [100, 30, 118, 47], [60, 5, 75, 90], [8, 2, 150, 94]],
-            [[120, 50, 160, 96], [110, 40, 160, 90]]]
+    return [
+        [[10, 12, 90, 70], [100, 30, 118, 47], [60, 5, 75, 90], [8, 2, 150, 94]],
+        [[120, 50, 160, 96], [110, 40, 160, 90]],
+    ]

@@ -12,11 +12,12 @@ from mmdet_plugins.cascade_rpn import UVOSimOTAAssigner
 
 def scene(num_priors: int, gts: list, seed: int = 0) -> tuple[InstanceData, InstanceData]:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.rand(num_priors, 2, generator=generator) * torch.tensor([200., 120.])
+    centres = torch.rand(num_priors, 2, generator=generator) * torch.tensor([200.0, 120.0])
     sides = torch.rand(num_priors, 2, generator=generator) * 60 + 8
     priors = InstanceData(
         priors=torch.cat([centres - sides / 2, centres + sides / 2], 1),
-        scores=torch.rand(num_priors, 1, generator=generator))
+        scores=torch.rand(num_priors, 1, generator=generator),
+    )
     boxes = torch.tensor(gts, dtype=torch.float32).reshape(-1, 4)
     return priors, InstanceData(bboxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long))
 
@@ -31,8 +32,10 @@ def literal_simota(priors, scores, gts, topk, radius=0.25):
         in_box, in_centre = [], []
         for x1, y1, x2, y2 in gts.tolist():
             in_box.append(x1 < x < x2 and y1 < y < y2)
-            in_centre.append(abs(x - (x1 + x2) / 2) < radius * (x2 - x1)
-                             and abs(y - (y1 + y2) / 2) < radius * (y2 - y1))
+            in_centre.append(
+                abs(x - (x1 + x2) / 2) < radius * (x2 - x1)
+                and abs(y - (y1 + y2) / 2) < radius * (y2 - y1)
+            )
         if any(in_box):
             candidates.append(p)
             for g in range(len(gts)):
@@ -41,7 +44,7 @@ def literal_simota(priors, scores, gts, topk, radius=0.25):
     claims = {}
     for g in range(len(gts)):
         best = sorted((ious[p, g].item() for p in candidates), reverse=True)[:topk]
-        for p in sorted(candidates, key=lambda p: costs[p, g])[:max(int(sum(best)), 1)]:
+        for p in sorted(candidates, key=lambda p: costs[p, g])[: max(int(sum(best)), 1)]:
             claims.setdefault(p, []).append(g)
     assigned = [0] * len(priors)
     for p, claimants in claims.items():
@@ -60,8 +63,9 @@ def test_literal(topk):
     assert len(set(expected)) == 5
     positive = result.gt_inds > 0
     ious = bbox_overlaps(pred.priors, gt.bboxes)
-    torch.testing.assert_close(result.max_overlaps[positive],
-                               ious[positive, result.gt_inds[positive] - 1])
+    torch.testing.assert_close(
+        result.max_overlaps[positive], ious[positive, result.gt_inds[positive] - 1]
+    )
     assert (result.labels[positive] == 0).all()
     assert (result.labels[~positive] == -1).all()
 
@@ -82,7 +86,7 @@ def test_object_outside_the_priors_gets_none():
 def test_invalid_and_ignored_priors_take_no_part():
     pred, gt = scene(200, [[20, 10, 110, 60]])
     pred.valid_flags = torch.arange(200) % 2 == 0
-    crowd = InstanceData(bboxes=torch.tensor([[90., 0., 200., 120.]]))
+    crowd = InstanceData(bboxes=torch.tensor([[90.0, 0.0, 200.0, 120.0]]))
     plain = UVOSimOTAAssigner().assign(pred, gt, crowd).gt_inds
     assert torch.equal(plain == -1, ~pred.valid_flags)
     spared = UVOSimOTAAssigner(ignore_iof_thr=0.5).assign(pred, gt, crowd).gt_inds
@@ -114,12 +118,16 @@ def test_serves_mmdets_anchor_heads():
             feat_channels=4,
             stacked_convs=1,
             anchor_generator=dict(
-                type='AnchorGenerator', ratios=[1.0], scales=[4], strides=[8, 16]),
+                type='AnchorGenerator', ratios=[1.0], scales=[4], strides=[8, 16]
+            ),
             train_cfg=ConfigDict(
                 assigner=dict(type='UVOSimOTAAssigner'),
                 sampler=dict(type='PseudoSampler'),
                 allowed_border=-1,
-                pos_weight=-1)))
+                pos_weight=-1,
+            ),
+        )
+    )
     gt.labels = torch.tensor([2, 0])
     feats = [torch.randn(1, 4, 12, 20), torch.randn(1, 4, 6, 10)]
     meta = dict(img_shape=(96, 160), pad_shape=(96, 160))

@@ -47,7 +47,9 @@ def test_losses_follow_for_20_steps(runs):
     assert one['names'] == two['names'] and one['curve'].shape == (20, len(one['names']))
     torch.testing.assert_close(two['curve'], one['curve'], rtol=1e-4, atol=0)
     total = one['curve'][:, one['names'].index('loss')]
-    assert total[-5:].mean() < 0.95 * total[:5].mean(), 'nothing was learnt, so nothing was compared'
+    assert total[-5:].mean() < 0.95 * total[:5].mean(), (
+        'nothing was learnt, so nothing was compared'
+    )
 
 
 def test_weights_end_where_one_process_ends(runs):

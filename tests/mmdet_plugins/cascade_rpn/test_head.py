@@ -28,7 +28,8 @@ def stock_head(seed: int = 0) -> CascadeRPNHead:
     anchors = dict(type='AnchorGenerator', scales=[4], ratios=[1.0], strides=[8, 16, 32])
     losses = dict(
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True),
-        loss_bbox=dict(type='GIoULoss', loss_weight=2.0))
+        loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
+    )
     head = CascadeRPNHead(
         num_classes=1,
         num_stages=2,
@@ -43,7 +44,8 @@ def stock_head(seed: int = 0) -> CascadeRPNHead:
                 with_cls=False,
                 reg_decoded_bbox=True,
                 bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=STDS[0]),
-                **losses),
+                **losses,
+            ),
             ConfigDict(
                 type='StageCascadeRPNHead',
                 in_channels=8,
@@ -54,14 +56,17 @@ def stock_head(seed: int = 0) -> CascadeRPNHead:
                 with_cls=True,
                 reg_decoded_bbox=True,
                 bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=STDS[1]),
-                **losses),
+                **losses,
+            ),
         ],
         train_cfg=[
             ConfigDict(assigner=REGION, allowed_border=-1, pos_weight=-1),
             ConfigDict(assigner=MAX_IOU, allowed_border=-1, pos_weight=-1),
         ],
         test_cfg=ConfigDict(
-            nms_pre=60, max_per_img=40, nms=dict(type='nms', iou_threshold=0.8), min_bbox_size=0))
+            nms_pre=60, max_per_img=40, nms=dict(type='nms', iou_threshold=0.8), min_bbox_size=0
+        ),
+    )
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return head
@@ -72,8 +77,9 @@ def test_is_mmdets_cascade_rpn_without_towers_and_iou_branch(make_head, make_sam
     stock = stock_head()
     head = make_head(**PLAIN)
     head.load_state_dict(stock.state_dict())
-    samples = make_samples([[], []], img_shape=(90, 151), ori_shape=(180, 302),
-                           scale_factor=(0.5, 0.5))
+    samples = make_samples(
+        [[], []], img_shape=(90, 151), ori_shape=(180, 302), scale_factor=(0.5, 0.5)
+    )
     metas = [sample.metainfo for sample in samples]
 
     sizes = [feat.shape[-2:] for feat in features]
@@ -83,7 +89,7 @@ def test_is_mmdets_cascade_rpn_without_towers_and_iou_branch(make_head, make_sam
     offsets = stock.stages[1].anchor_offset(refined, [8, 16, 32], sizes)
     _, cls_logits, deltas2 = stock.stages[1](feats, offsets)
 
-    first, second = head(features, torch.tensor([[90., 151.], [90., 151.]]))
+    first, second = head(features, torch.tensor([[90.0, 151.0], [90.0, 151.0]]))
     torch.testing.assert_close(first.anchors, torch.stack([torch.cat(a) for a in anchors]))
     torch.testing.assert_close(second.anchors, torch.stack([torch.cat(a) for a in refined]))
     torch.testing.assert_close(second.deltas, flat(deltas2), rtol=1e-4, atol=1e-4)
@@ -106,9 +112,11 @@ def spy_on_assignments(head) -> list:
     """Collects (cls_idx, reg_idx) of each stage."""
     seen = []
     for stage in head.stages:
+
         def loss(output, boxes, gt_boxes, cls_idx, reg_idx, original=stage.loss):
             seen.append((cls_idx, reg_idx))
             return original(output, boxes, gt_boxes, cls_idx, reg_idx)
+
         stage.loss = loss
     return seen
 
@@ -129,8 +137,9 @@ def test_region_and_max_iou_targets_are_mmdets(make_head, make_samples, features
     _, _, deltas = stock.stages[0](features)
     refined = stock.stages[0].refine_bboxes(anchors, deltas, metas)
     instances = [sample.gt_instances for sample in samples]
-    for stage, priors, (cls_idx, reg_idx) in zip(stock.stages, (anchors, refined), seen,
-                                                 strict=True):
+    for stage, priors, (cls_idx, reg_idx) in zip(
+        stock.stages, (anchors, refined), seen, strict=True
+    ):
         labels, weights, targets, *_ = stage.get_targets(priors, flags, sizes, instances, metas)
         weights, targets = torch.cat(weights, 1), torch.cat(targets, 1)
         assert torch.equal(cls_idx, reg_idx)
@@ -149,21 +158,28 @@ def test_losses_are_those_of_each_positive_added_up(make_head, make_samples, fea
     seen = spy_on_assignments(head)
     samples = make_samples(gts)
     losses = head.loss(features, samples)
-    outputs = head(features, torch.tensor([[96., 160.], [96., 160.]]))
-    assert set(losses) == {'s0.loss_rpn_reg', 's0.loss_rpn_iou', 's1.loss_rpn_reg',
-                           's1.loss_rpn_iou', 's1.loss_rpn_cls'}
+    outputs = head(features, torch.tensor([[96.0, 160.0], [96.0, 160.0]]))
+    assert set(losses) == {
+        's0.loss_rpn_reg',
+        's0.loss_rpn_iou',
+        's1.loss_rpn_reg',
+        's1.loss_rpn_iou',
+        's1.loss_rpn_cls',
+    }
     for i, (output, (cls_idx, reg_idx)) in enumerate(zip(outputs, seen, strict=True)):
         coder = DeltaXYWHBBoxCoder(target_stds=STDS[i])
         giou_sum = iou_sum = bce_sum = num_pos = 0
         for image in range(2):
             for prior in (reg_idx[image] >= 0).nonzero().flatten().tolist():
                 gt = samples[image].gt_instances.bboxes[reg_idx[image, prior]][None]
-                box = coder.decode(output.anchors[image, prior][None],
-                                   output.deltas[image, prior][None])
+                box = coder.decode(
+                    output.anchors[image, prior][None], output.deltas[image, prior][None]
+                )
                 iou = bbox_overlaps(box, gt).item()
                 giou_sum += GIoULoss()(box, gt).item() * 2.0 * iou
                 bce_sum += F.binary_cross_entropy_with_logits(
-                    output.iou_logits[image, prior], torch.tensor(iou)).item()
+                    output.iou_logits[image, prior], torch.tensor(iou)
+                ).item()
                 iou_sum += iou
                 num_pos += 1
         assert num_pos > 5
@@ -171,8 +187,11 @@ def test_losses_are_those_of_each_positive_added_up(make_head, make_samples, fea
         assert losses[f's{i}.loss_rpn_reg'].item() == pytest.approx(giou_sum / iou_sum, rel=1e-4)
         assert losses[f's{i}.loss_rpn_iou'].item() == pytest.approx(bce_sum / num_pos, rel=1e-4)
         if output.cls_logits is not None:
-            focal = FocalLoss()(output.cls_logits.flatten()[:, None],
-                                (cls_idx.flatten() < 0).long(), reduction_override='none').sum()
+            focal = FocalLoss()(
+                output.cls_logits.flatten()[:, None],
+                (cls_idx.flatten() < 0).long(),
+                reduction_override='none',
+            ).sum()
             expected = focal / (cls_idx >= 0).sum()
             assert losses[f's{i}.loss_rpn_cls'].item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -182,12 +201,14 @@ def test_without_iou_branch_positives_weigh_alike(make_head, make_samples, featu
     seen = spy_on_assignments(head)
     samples = make_samples(gts)
     losses = head.loss(features, samples)
-    output = head(features, torch.tensor([[96., 160.], [96., 160.]]))[1]
+    output = head(features, torch.tensor([[96.0, 160.0], [96.0, 160.0]]))[1]
     positive = seen[1][1] >= 0
-    boxes = DeltaXYWHBBoxCoder(target_stds=STDS[1]).decode(output.anchors[positive],
-                                                           output.deltas[positive])
-    targets = torch.cat([samples[i].gt_instances.bboxes[seen[1][1][i][positive[i]]]
-                         for i in range(2)])
+    boxes = DeltaXYWHBBoxCoder(target_stds=STDS[1]).decode(
+        output.anchors[positive], output.deltas[positive]
+    )
+    targets = torch.cat(
+        [samples[i].gt_instances.bboxes[seen[1][1][i][positive[i]]] for i in range(2)]
+    )
     expected = GIoULoss(loss_weight=2.0)(boxes, targets)
     torch.testing.assert_close(losses['s1.loss_rpn_reg'], expected, rtol=1e-4, atol=1e-5)
     assert not any('iou' in name for name in losses)
@@ -197,11 +218,12 @@ def test_cross_entropy_in_place_of_focal_loss(make_head, make_samples, features,
     head = make_head(loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True))
     seen = spy_on_assignments(head)
     losses = head.loss(features, make_samples(gts))
-    logits = head(features, torch.tensor([[96., 160.], [96., 160.]]))[1].cls_logits
+    logits = head(features, torch.tensor([[96.0, 160.0], [96.0, 160.0]]))[1].cls_logits
     positive = (seen[1][0] >= 0).float()
     expected = F.binary_cross_entropy_with_logits(logits, positive, reduction='sum')
-    torch.testing.assert_close(losses['s1.loss_rpn_cls'], expected / positive.sum(), rtol=1e-4,
-                               atol=1e-4)
+    torch.testing.assert_close(
+        losses['s1.loss_rpn_cls'], expected / positive.sum(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize('bridged', [True, False])
@@ -243,11 +265,12 @@ def test_two_simotas_share_one_pass(make_head, make_samples, features, gts, monk
     simota = dict(type='UVOSimOTAAssigner', topk=10)
     for changes, expected in [
         (dict(), [(10, 20)]),
-        (dict(center_radius=0.4), [(10, ), (20, )]),
+        (dict(center_radius=0.4), [(10,), (20,)]),
     ]:
         calls.clear()
         head = make_head(
-            train_cfg=dict(assigner=simota, reg_assigner=dict(simota, topk=20, **changes)))
+            train_cfg=dict(assigner=simota, reg_assigner=dict(simota, topk=20, **changes))
+        )
         head.loss(features, make_samples(gts))
         assert calls == expected * 4  # two stages, two images
 
@@ -262,12 +285,15 @@ def test_one_assigner_serves_both_slots(make_head, make_samples, features, gts):
 
 
 @pytest.mark.parametrize('slot', ['assigner', 'reg_assigner'])
-@pytest.mark.parametrize('other', [
-    MAX_IOU,
-    dict(type='ATSSAssigner', topk=3),
-    dict(type='TaskAlignedAssigner', topk=5),
-    dict(type='UVOSimOTAAssigner', center_rule='stride', center_radius=2.5),
-])
+@pytest.mark.parametrize(
+    'other',
+    [
+        MAX_IOU,
+        dict(type='ATSSAssigner', topk=3),
+        dict(type='TaskAlignedAssigner', topk=5),
+        dict(type='UVOSimOTAAssigner', center_rule='stride', center_radius=2.5),
+    ],
+)
 def test_any_assigner_in_either_slot(make_head, make_samples, features, gts, slot, other, recwarn):
     """The other slot keeps what SimOTA gives it."""
     simota = dict(type='UVOSimOTAAssigner', topk=10)
@@ -280,7 +306,7 @@ def test_any_assigner_in_either_slot(make_head, make_samples, features, gts, slo
         assert all(torch.isfinite(loss) for loss in losses.values())
         assignments.append(seen)
     changed = int(slot == 'reg_assigner')
-    for (plain, mixed) in zip(*assignments, strict=True):
+    for plain, mixed in zip(*assignments, strict=True):
         assert torch.equal(plain[1 - changed], mixed[1 - changed])
         assert not torch.equal(plain[changed], mixed[changed])
         assert (mixed[changed] >= 0).any()
@@ -293,7 +319,7 @@ def test_padding_of_a_smaller_image_has_no_priors(make_head, make_samples, featu
     head.loss(features, make_samples(gts, img_shape=(60, 97), pad_shape=(64, 128)))
     levels = [torch.zeros(96 // s, 160 // s, dtype=torch.bool) for s in (8, 16, 32)]
     for level, s in zip(levels, (8, 16, 32), strict=True):
-        level[:64 // s, :128 // s] = True
+        level[: 64 // s, : 128 // s] = True
     inside = torch.cat([level.flatten() for level in levels])
     for assignments in seen:
         for idx in assignments:
@@ -309,11 +335,11 @@ def test_batch_of_two_is_two_of_one(make_head, make_samples, features, gts):
     batched = list(seen)
     for i in range(2):
         seen.clear()
-        feats = [feat[i:i + 1] for feat in features]
-        single = head.predict(feats, make_samples(gts[i:i + 1]))[0]
+        feats = [feat[i : i + 1] for feat in features]
+        single = head.predict(feats, make_samples(gts[i : i + 1]))[0]
         torch.testing.assert_close(single.bboxes, both[i].bboxes, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(single.scores, both[i].scores, rtol=1e-4, atol=1e-5)
-        head.loss(feats, make_samples(gts[i:i + 1]))
+        head.loss(feats, make_samples(gts[i : i + 1]))
         for alone, together in zip(seen, batched, strict=True):
             for a, t in zip(alone, together, strict=True):
                 assert torch.equal(a[0], t[i])
@@ -348,10 +374,13 @@ def test_crowds_are_exempt_only_if_asked(make_head, make_samples, features, gts)
         seen = spy_on_assignments(head)
         head.loss(features, make_samples(gts, ignored=crowd))
         output = head(features)[0]
-        covered = torch.stack([
-            bbox_overlaps(output.anchors[i], torch.tensor(crowd[i]).float(), 'iof').amax(1) > 0.5
-            for i in range(2)
-        ])
+        covered = torch.stack(
+            [
+                bbox_overlaps(output.anchors[i], torch.tensor(crowd[i]).float(), 'iof').amax(1)
+                > 0.5
+                for i in range(2)
+            ]
+        )
         counts.append((seen[0][0] == -2).sum())
         if thr > 0:
             assert torch.equal(seen[0][0] == -2, covered)
@@ -373,8 +402,9 @@ def test_scores():
     boxes = torch.zeros(1, 2, 4)
     both = StageOutput(boxes, boxes, cls_logits, iou_logits)
     torch.testing.assert_close(both.score(), torch.tensor([[0.4**0.5, 0.375**0.5]]))
-    torch.testing.assert_close(both.assignment_score(),
-                               torch.tensor([[0.4**(1 / 3), 0.375**(1 / 3)]]))
+    torch.testing.assert_close(
+        both.assignment_score(), torch.tensor([[0.4 ** (1 / 3), 0.375 ** (1 / 3)]])
+    )
     iou_only = StageOutput(boxes, boxes, None, iou_logits)
     torch.testing.assert_close(iou_only.assignment_score(), torch.tensor([[0.8**0.5, 0.5**0.5]]))
     cls_only = StageOutput(boxes, boxes, cls_logits, None)
@@ -385,7 +415,7 @@ def test_scores():
 
 def test_predictions_are_scored_by_both_branches(make_head, make_samples, features):
     head = make_head()
-    output = head(features, torch.tensor([[96., 160.], [96., 160.]]))[-1]
+    output = head(features, torch.tensor([[96.0, 160.0], [96.0, 160.0]]))[-1]
     expected = (output.cls_logits.sigmoid() * output.iou_logits.sigmoid()).sqrt()
     results = head.predict(features, make_samples([[], []]))
     for i, result in enumerate(results):
@@ -401,7 +431,8 @@ def test_loss_and_predict_serves_two_stage_detectors(make_head, make_samples, fe
     head = make_head()
     samples = make_samples(gts, scale_factor=(0.5, 0.5))
     losses, proposals = head.loss_and_predict(
-        features, samples, proposal_cfg=ConfigDict(head.test_cfg, max_per_img=7))
+        features, samples, proposal_cfg=ConfigDict(head.test_cfg, max_per_img=7)
+    )
     assert losses.keys() == head.loss(features, samples).keys()
     plain = head.predict(features, samples)
     scaled = head.predict(features, samples, rescale=True)
@@ -427,15 +458,21 @@ def test_bf16_autocast(make_head, make_samples, features, gts, dcn_tower):
     assert all(result.bboxes.dtype == torch.float32 for result in proposals)
 
 
-@pytest.mark.parametrize(('dcn_tower', 'expected'), [
-    (None, set()),
-    ('first', {'cls_convs.0', 'reg_convs.0'}),
-    ('last', {'cls_convs.2', 'reg_convs.2'}),
-])
+@pytest.mark.parametrize(
+    ('dcn_tower', 'expected'),
+    [
+        (None, set()),
+        ('first', {'cls_convs.0', 'reg_convs.0'}),
+        ('last', {'cls_convs.2', 'reg_convs.2'}),
+    ],
+)
 def test_which_tower_convolution_is_deformable(make_head, dcn_tower, expected):
     stage = make_head(num_tower_convs=3, dcn_tower=dcn_tower).stages[1]
-    found = {name.removesuffix('.conv') for name, module in stage.named_modules()
-             if isinstance(module, ModulatedDeformConv2dPack)}
+    found = {
+        name.removesuffix('.conv')
+        for name, module in stage.named_modules()
+        if isinstance(module, ModulatedDeformConv2dPack)
+    }
     assert found == expected
 
 
@@ -459,11 +496,14 @@ def test_normalisers_are_clamped_over_all_ranks_together(monkeypatch):
     assert losses_module.mean_over_ranks(torch.tensor(0.6)).item() == 0.5
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-    (dict(dcn_tower='middle'), "dcn_tower must be 'first', 'last' or None"),
-    (dict(num_classes=80), 'num_classes must be 1'),
-    (dict(train_cfg=[dict(assigner=MAX_IOU)]), 'train_cfg lists 1 stages, the head has 2'),
-])
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(dcn_tower='middle'), "dcn_tower must be 'first', 'last' or None"),
+        (dict(num_classes=80), 'num_classes must be 1'),
+        (dict(train_cfg=[dict(assigner=MAX_IOU)]), 'train_cfg lists 1 stages, the head has 2'),
+    ],
+)
 def test_bad_settings(make_head, changes, message):
     with pytest.raises(ValueError, match=message):
         make_head(**changes)

@@ -33,7 +33,8 @@ def differences(left, right, path: str = '') -> set[str]:
     """Where two configs differ, as deep as both are dicts; not which package a base came from."""
     if isinstance(left, dict) and isinstance(right, dict):
         return {
-            found for key in (left.keys() | right.keys()) - {'_scope_'}
+            found
+            for key in (left.keys() | right.keys()) - {'_scope_'}
             for found in differences(left.get(key), right.get(key), f'{path}.{key}'.lstrip('.'))
         }
     return set() if left == right else {path}
@@ -41,7 +42,7 @@ def differences(left, right, path: str = '') -> set[str]:
 
 @pytest.mark.parametrize('row', range(1, len(LADDER)))
 def test_each_row_adds_one_thing(row):
-    (above, _), (name, added) = LADDER[row - 1:row + 1]
+    (above, _), (name, added) = LADDER[row - 1 : row + 1]
     assert differences(load(above), load(name)) == added
 
 
@@ -53,7 +54,11 @@ def test_row_0_is_mmdets_rpn():
     assert differences(ours['optim_wrapper'], stock['optim_wrapper']) == set()
     found = differences(ours, reference)
     assert {path.split('.')[0] for path in found} == {
-        'model', 'custom_imports', 'tta_model', 'tta_pipeline', 'optim_wrapper'
+        'model',
+        'custom_imports',
+        'tta_model',
+        'tta_pipeline',
+        'optim_wrapper',
     }
     assert not [path for path in found if path.startswith(('model.backbone', 'model.data'))]
 
@@ -64,10 +69,10 @@ def test_row_1_is_mmdets_cascade_rpn_with_focal_and_giou_loss():
     assert head['loss_iou'] is None
     assert head['num_tower_convs'] == 0
     assert [head[f'loss_{name}']['type'] for name in ('cls', 'bbox')] == ['FocalLoss', 'GIoULoss']
-    assert first == dict(
-        assigner=dict(type='RegionAssigner', center_ratio=0.2, ignore_ratio=0.5))
+    assert first == dict(assigner=dict(type='RegionAssigner', center_ratio=0.2, ignore_ratio=0.5))
     assert second == dict(
-        assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.7, neg_iou_thr=0.7, min_pos_iou=0.3))
+        assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.7, neg_iou_thr=0.7, min_pos_iou=0.3)
+    )
 
 
 def test_reference_has_the_papers_numbers():
@@ -83,7 +88,8 @@ def test_reference_has_the_papers_numbers():
     assert len(head['stages']) == 2
     assert model['test_cfg']['rpn']['nms']['iou_threshold'] == 0.8
     assert load(REFERENCE)['optim_wrapper']['optimizer'] == dict(
-        type='SGD', lr=0.02, momentum=0.9, weight_decay=0.0001)
+        type='SGD', lr=0.02, momentum=0.9, weight_decay=0.0001
+    )
 
 
 def test_row_7_changes_backbone_and_optimiser_only():
@@ -93,7 +99,8 @@ def test_row_7_changes_backbone_and_optimiser_only():
         'model.neck.in_channels'
     }
     assert swin['optim_wrapper']['optimizer'] == dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
+    )
     assert swin['train_cfg']['max_epochs'] == 12
     assert swin['param_scheduler'][1]['milestones'] == [8, 11]
     assert swin['train_dataloader']['batch_size'] * 8 == 16
@@ -105,10 +112,17 @@ def test_row_7_changes_backbone_and_optimiser_only():
 def test_fine_tuning_changes_data_and_schedule_only():
     swin, tuned = load('cascade_rpn_swinl'), load('cascade_rpn_swinl_uvo-finetune')
     changed = {path.split('.')[0] for path in differences(swin, tuned)}
-    data = {f'{split}_{part}' for split in ('train', 'val', 'test')
-            for part in ('dataloader', 'evaluator')} - {'train_evaluator'}
+    data = {
+        f'{split}_{part}'
+        for split in ('train', 'val', 'test')
+        for part in ('dataloader', 'evaluator')
+    } - {'train_evaluator'}
     assert changed == SCHEDULE | data | {
-        'load_from', 'data_root', 'dataset_type', 'train_sparse', 'train_dense'
+        'load_from',
+        'data_root',
+        'dataset_type',
+        'train_sparse',
+        'train_dense',
     }
     assert tuned['train_cfg']['max_epochs'] == 6
     assert differences(swin['optim_wrapper'], tuned['optim_wrapper']) == {'optimizer.lr'}
@@ -118,12 +132,15 @@ def test_fine_tuning_changes_data_and_schedule_only():
     assert 'Dense' in dense['ann_file']
 
 
-@pytest.mark.parametrize(('name', 'changed'), [
-    ('cascade-rpn-dcn-last_r50_fpn_8xb2-1x_coco', {'model.rpn_head.dcn_tower'}),
-    ('cascade-rpn-atss_r50_fpn_8xb2-1x_coco', {'model.train_cfg.rpn'}),
-    ('cascade-rpn-maxiou_r50_fpn_8xb2-1x_coco', {'model.train_cfg.rpn'}),
-    ('cascade-rpn-dcn_timm-resnet50_fpn_8xb2-1x_coco', {'model.backbone'}),
-])
+@pytest.mark.parametrize(
+    ('name', 'changed'),
+    [
+        ('cascade-rpn-dcn-last_r50_fpn_8xb2-1x_coco', {'model.rpn_head.dcn_tower'}),
+        ('cascade-rpn-atss_r50_fpn_8xb2-1x_coco', {'model.train_cfg.rpn'}),
+        ('cascade-rpn-maxiou_r50_fpn_8xb2-1x_coco', {'model.train_cfg.rpn'}),
+        ('cascade-rpn-dcn_timm-resnet50_fpn_8xb2-1x_coco', {'model.backbone'}),
+    ],
+)
 def test_variants_change_what_they_are_named_after(name, changed):
     found = differences(load(REFERENCE), load(name))
     assert found

@@ -18,7 +18,9 @@ CONFIG = dict(
         up_group=1,
         encoder_kernel=3,
         encoder_dilation=1,
-        compressed_channels=5))
+        compressed_channels=5,
+    ),
+)
 
 
 def defined_carafe(x, kernels, k, group, scale):
@@ -33,8 +35,10 @@ def defined_carafe(x, kernels, k, group, scale):
 def pyramid(device: str = 'cpu') -> list[torch.Tensor]:
     """Odd sizes, so that upsampled maps must be cut."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, c, h, w, generator=generator).to(device)
-            for c, h, w in ((4, 13, 21), (6, 7, 11), (8, 4, 6))]
+    return [
+        torch.randn(2, c, h, w, generator=generator).to(device)
+        for c, h, w in ((4, 13, 21), (6, 7, 11), (8, 4, 6))
+    ]
 
 
 def pair() -> tuple:

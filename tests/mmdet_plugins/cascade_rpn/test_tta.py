@@ -25,12 +25,18 @@ class Stub(nn.Module):
 def view(boxes: list, scores: list, scale_factor: tuple, flip: bool) -> DetDataSample:
     """What the detector returns for one view: flipped, but in pixels of the original size."""
     sample = DetDataSample(
-        metainfo=dict(ori_shape=(100, 200), scale_factor=scale_factor, flip=flip,
-                      flip_direction='horizontal' if flip else None))
+        metainfo=dict(
+            ori_shape=(100, 200),
+            scale_factor=scale_factor,
+            flip=flip,
+            flip_direction='horizontal' if flip else None,
+        )
+    )
     sample.pred_instances = InstanceData(
         bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         scores=torch.tensor(scores),
-        labels=torch.zeros(len(scores), dtype=torch.long))
+        labels=torch.zeros(len(scores), dtype=torch.long),
+    )
     return sample
 
 
@@ -38,24 +44,25 @@ def tta(scale_ranges: list, module: nn.Module | None = None) -> UVODetTTAModel:
     return UVODetTTAModel(
         scale_ranges=scale_ranges,
         module=module or Stub(),
-        tta_cfg=ConfigDict(nms=dict(type='nms', iou_threshold=0.8), max_per_img=10))
+        tta_cfg=ConfigDict(nms=dict(type='nms', iou_threshold=0.8), max_per_img=10),
+    )
 
 
 def test_each_scale_counts_for_its_sizes():
     """20 x 5 px is a box of size 10 at scale 1, and of sqrt(40 * 15) = 24.5 at (2, 3)."""
     small, large = [10, 20, 30, 25], [20, 10, 100, 90]
     views = [
-        view([small, large], [.9, .8], (1.0, 1.0), False),
-        view([small, large], [.7, .6], (2.0, 3.0), False),
+        view([small, large], [0.9, 0.8], (1.0, 1.0), False),
+        view([small, large], [0.7, 0.6], (2.0, 3.0), False),
     ]
     merged = tta([(50, 1000), (0, 25)]).merge_preds([views])[0].pred_instances
     assert merged.bboxes.tolist() == [large, small]
-    torch.testing.assert_close(merged.scores, torch.tensor([.8, .7]))
+    torch.testing.assert_close(merged.scores, torch.tensor([0.8, 0.7]))
 
 
 def test_range_includes_its_ends():
     boxes = [[0, 0, 10, 10], [50, 0, 70, 20], [100, 0, 109, 10], [150, 0, 171, 20]]
-    views = [view(boxes, [.9, .8, .7, .6], (1.0, 1.0), False)]
+    views = [view(boxes, [0.9, 0.8, 0.7, 0.6], (1.0, 1.0), False)]
     merged = tta([(10, 20)]).merge_preds([views])[0].pred_instances
     assert merged.bboxes.tolist() == boxes[:2]
 
@@ -63,19 +70,19 @@ def test_range_includes_its_ends():
 def test_flipped_views_share_a_range_and_are_mapped_back():
     """Views vary the flip fastest: the first two are of the first scale."""
     views = [
-        view([[10, 20, 30, 40]], [.5], (1.0, 1.0), False),
-        view([[170, 20, 190, 40], [0, 60, 30, 90]], [.9, .4], (1.0, 1.0), True),
-        view([[12, 60, 32, 80]], [.8], (0.5, 0.5), False),
-        view([[100, 10, 160, 90]], [.3], (0.5, 0.5), True),
+        view([[10, 20, 30, 40]], [0.5], (1.0, 1.0), False),
+        view([[170, 20, 190, 40], [0, 60, 30, 90]], [0.9, 0.4], (1.0, 1.0), True),
+        view([[12, 60, 32, 80]], [0.8], (0.5, 0.5), False),
+        view([[100, 10, 160, 90]], [0.3], (0.5, 0.5), True),
     ]
     merged = tta([(0, 1000), (15, 1000)]).merge_preds([views])[0].pred_instances
     # The first two are one object; the third is 10 px in its view.
     assert merged.bboxes.tolist() == [[10, 20, 30, 40], [170, 60, 200, 90], [40, 10, 100, 90]]
-    torch.testing.assert_close(merged.scores, torch.tensor([.9, .4, .3]))
+    torch.testing.assert_close(merged.scores, torch.tensor([0.9, 0.4, 0.3]))
 
 
 def test_nothing_left():
-    views = [view([], [], (1.0, 1.0), False), view([[0, 0, 5, 5]], [.5], (2.0, 2.0), False)]
+    views = [view([], [], (1.0, 1.0), False), view([[0, 0, 5, 5]], [0.5], (2.0, 2.0), False)]
     merged = tta([(0, 9), (50, 99)]).merge_preds([views])[0].pred_instances
     assert merged.bboxes.shape == (0, 4)
 
@@ -98,8 +105,7 @@ def test_two_scales_and_flip_end_to_end(tmp_path, make_head):
 
         def __init__(self) -> None:
             super().__init__()
-            self.preprocess = MODELS.build(
-                dict(type='DetDataPreprocessor', pad_size_divisor=32))
+            self.preprocess = MODELS.build(dict(type='DetDataPreprocessor', pad_size_divisor=32))
             self.stems = nn.ModuleList(nn.Conv2d(3, 8, s, s) for s in (8, 16, 32))
             self.head = make_head()
             self.views = []
@@ -113,18 +119,36 @@ def test_two_scales_and_flip_end_to_end(tmp_path, make_head):
                 self.views.append((sample.metainfo, result.clone()))
             return data['data_samples']
 
-    pipeline = Compose([
-        TRANSFORMS.build(dict(type='LoadImageFromFile')),
-        TRANSFORMS.build(dict(
-            type='TestTimeAug',
-            transforms=[
-                [dict(type='Resize', scale=s, keep_ratio=True) for s in ((96, 64), (192, 128))],
-                [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)],
-                [dict(type='PackDetInputs',
-                      meta_keys=('img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
-                                 'flip_direction'))],
-            ])),
-    ])
+    pipeline = Compose(
+        [
+            TRANSFORMS.build(dict(type='LoadImageFromFile')),
+            TRANSFORMS.build(
+                dict(
+                    type='TestTimeAug',
+                    transforms=[
+                        [
+                            dict(type='Resize', scale=s, keep_ratio=True)
+                            for s in ((96, 64), (192, 128))
+                        ],
+                        [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+                        [
+                            dict(
+                                type='PackDetInputs',
+                                meta_keys=(
+                                    'img_path',
+                                    'ori_shape',
+                                    'img_shape',
+                                    'scale_factor',
+                                    'flip',
+                                    'flip_direction',
+                                ),
+                            )
+                        ],
+                    ],
+                )
+            ),
+        ]
+    )
     detector = Detector()
     model = tta([(20, 1000), (0, 40)], detector)
     data = pseudo_collate([pipeline(dict(img_path=str(tmp_path / 'image.png'), img_id=0))])
@@ -136,12 +160,17 @@ def test_two_scales_and_flip_end_to_end(tmp_path, make_head):
     for i, (meta, result) in enumerate(detector.views):
         low, high = [(20, 1000), (0, 40)][i // 2]
         for (x1, y1, x2, y2), score in zip(result.bboxes.tolist(), result.scores, strict=True):
-            size = ((x2 - x1) * meta['scale_factor'][0] * (y2 - y1) * meta['scale_factor'][1])**.5
+            size = (
+                (x2 - x1) * meta['scale_factor'][0] * (y2 - y1) * meta['scale_factor'][1]
+            ) ** 0.5
             if low <= size <= high:
-                allowed.append((score.item(), (90 - x2, y1, 90 - x1, y2) if meta['flip']
-                                else (x1, y1, x2, y2)))
+                allowed.append(
+                    (score.item(), (90 - x2, y1, 90 - x1, y2) if meta['flip'] else (x1, y1, x2, y2))
+                )
     assert 0 < len(merged) <= 10
     assert merged.scores[0].item() == pytest.approx(max(allowed)[0])
     for box, score in zip(merged.bboxes, merged.scores, strict=True):
-        assert any(abs(s - score.item()) < 1e-6
-                   and torch.allclose(box, torch.tensor(b), atol=1e-3) for s, b in allowed)
+        assert any(
+            abs(s - score.item()) < 1e-6 and torch.allclose(box, torch.tensor(b), atol=1e-3)
+            for s, b in allowed
+        )

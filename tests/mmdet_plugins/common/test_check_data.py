@@ -29,12 +29,35 @@ def sound():
         'images': [{'id': i, 'file_name': f'{i}.jpg', 'height': 90, 'width': 120} for i in (1, 2)],
         'categories': [{'id': 4, 'name': 'cat'}],
         'annotations': [
-            {'id': 1, 'image_id': 1, 'category_id': 4, 'bbox': box, 'area': 1500, 'iscrowd': 0,
-             'segmentation': [polygon]},
-            {'id': 2, 'image_id': 2, 'category_id': 4, 'bbox': box, 'area': 1500.0, 'iscrowd': 0,
-             'segmentation': _rle(90, 120)},
-            {'id': 3, 'image_id': 2, 'category_id': 4, 'bbox': [0, 0, 10, 90], 'area': 900,
-             'iscrowd': 1, 'segmentation': crowd}]}
+            {
+                'id': 1,
+                'image_id': 1,
+                'category_id': 4,
+                'bbox': box,
+                'area': 1500,
+                'iscrowd': 0,
+                'segmentation': [polygon],
+            },
+            {
+                'id': 2,
+                'image_id': 2,
+                'category_id': 4,
+                'bbox': box,
+                'area': 1500.0,
+                'iscrowd': 0,
+                'segmentation': _rle(90, 120),
+            },
+            {
+                'id': 3,
+                'image_id': 2,
+                'category_id': 4,
+                'bbox': [0, 0, 10, 90],
+                'area': 900,
+                'iscrowd': 1,
+                'segmentation': crowd,
+            },
+        ],
+    }
 
 
 def test_sound_data_pass(sound):
@@ -62,14 +85,19 @@ PLANTED = {
     'area-not-positive': (_annotation(area=0), 'annotation 2'),
     'polygon': (_annotation(segmentation=[[20, 30, 70, 30]]), 'annotation 2'),
     'rle': (_annotation(segmentation=_rle(80, 120)), 'annotation 2'),
-    'mask-empty': (_annotation(segmentation={'size': [90, 120], 'counts': [10800]}),
-                   'annotation 2'),
+    'mask-empty': (
+        _annotation(segmentation={'size': [90, 120], 'counts': [10800]}),
+        'annotation 2',
+    ),
     'id-zero': (_annotation(id=0), 'annotation 0'),
     'duplicate-name': (_append('categories', id=5), 'category cat'),
     'duplicate-file': (_append('images', id=3), 'image 1.jpg'),
     'box-beyond-image': (
-        _annotation(bbox=[20, 30, 150, 30], area=2900,
-                    segmentation=[[20, 30, 119, 30, 119, 59, 20, 59]]), 'annotation 2'),
+        _annotation(
+            bbox=[20, 30, 150, 30], area=2900, segmentation=[[20, 30, 119, 30, 119, 59, 20, 59]]
+        ),
+        'annotation 2',
+    ),
     'box-off-mask': (_annotation(bbox=[20, 30, 70, 60]), 'annotation 2'),  # two corners
     'area-mismatch': (_annotation(area=3000), 'annotation 2'),
     'mask-missing': (_annotation(segmentation=None), 'annotation 2'),
@@ -88,51 +116,61 @@ def test_planted_in_the_annotations(sound, kind):
     assert str(problems[0]).endswith(KINDS[kind][1])
 
 
-@pytest.mark.parametrize('segmentation, kind', [
-    ({'size': [90, 120], 'counts': '!"#'}, 'rle'),
-    ({'size': [90, 120], 'counts': _rle(90, 120)['counts'][:-2]}, 'rle'),
-    ({'size': [90, 120], 'counts': [5, 20]}, 'rle'),
-    ({'size': [90, 120], 'counts': [5, 99999]}, 'rle'),
-    ({'size': [90, 120], 'counts': [-5, 10805]}, 'rle'),
-    ({'counts': [10800]}, 'rle'),
-    ({'size': [90, 120]}, 'rle'),
-    ([], 'polygon'),
-    ([[]], 'polygon'),
-    ([[20, 30, 70, 30, 70, 60, 20]], 'polygon'),
-    ([[20, 30, 70, float('inf'), 70, 60]], 'polygon'),
-    ('mask.png', 'polygon'),
-])
+@pytest.mark.parametrize(
+    'segmentation, kind',
+    [
+        ({'size': [90, 120], 'counts': '!"#'}, 'rle'),
+        ({'size': [90, 120], 'counts': _rle(90, 120)['counts'][:-2]}, 'rle'),
+        ({'size': [90, 120], 'counts': [5, 20]}, 'rle'),
+        ({'size': [90, 120], 'counts': [5, 99999]}, 'rle'),
+        ({'size': [90, 120], 'counts': [-5, 10805]}, 'rle'),
+        ({'counts': [10800]}, 'rle'),
+        ({'size': [90, 120]}, 'rle'),
+        ([], 'polygon'),
+        ([[]], 'polygon'),
+        ([[20, 30, 70, 30, 70, 60, 20]], 'polygon'),
+        ([[20, 30, 70, float('inf'), 70, 60]], 'polygon'),
+        ('mask.png', 'polygon'),
+    ],
+)
 def test_broken_masks(sound, segmentation, kind):
     sound['annotations'][1]['segmentation'] = segmentation
     assert [problem.kind for problem in check_annotations(sound)] == [kind]
 
 
-@pytest.mark.parametrize('image', [
-    {'id': 1, 'file_name': '1.jpg'},
-    {'id': 1, 'file_name': '1.jpg', 'height': 0, 'width': 120},
-    None])
+@pytest.mark.parametrize(
+    'image',
+    [
+        {'id': 1, 'file_name': '1.jpg'},
+        {'id': 1, 'file_name': '1.jpg', 'height': 0, 'width': 120},
+        None,
+    ],
+)
 def test_image_entries_without_a_size(sound, image):
     sound['images'][0] = image
     assert 'field' in [problem.kind for problem in check_annotations(sound)]
 
 
-@pytest.mark.parametrize('text, message', [
-    ('{"images": [', 'not valid JSON at line 1, column 13'),
-    ('\ufeff\x00\x01', 'not valid JSON'),
-    ('[]', 'this is a list'),
-    ('{"a": 1}', 'it has no list "images" (it has a)'),
-    ('3', 'this is a int'),
-    ('{"videos": [{"id": 1}], "annotations": []}', "'file_names'"),
-])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('{"images": [', 'not valid JSON at line 1, column 13'),
+        ('\ufeff\x00\x01', 'not valid JSON'),
+        ('[]', 'this is a list'),
+        ('{"a": 1}', 'it has no list "images" (it has a)'),
+        ('3', 'this is a int'),
+        ('{"videos": [{"id": 1}], "annotations": []}', "'file_names'"),
+    ],
+)
 def test_files_that_are_not_coco(tmp_path, text, message):
     path = tmp_path / 'annotations.json'
     path.write_text(text)
-    problem, = check_data(path)
+    (problem,) = check_data(path)
     assert (problem.kind, problem.where) == ('file', str(path)) and message in problem.what
 
 
 def test_a_missing_file(tmp_path):
-    problem, = check_data(tmp_path / 'nowhere.json')
+    (problem,) = check_data(tmp_path / 'nowhere.json')
     assert problem.kind == 'file' and problem.what == 'there is no such file.'
 
 
@@ -173,7 +211,7 @@ def test_planted_in_an_image(tmp_path, kind):
     name, plant = IMAGES[kind]
     plant(tmp_path / name)
     entry = {'id': 1, 'file_name': name, 'width': SIZE_WH[0], 'height': SIZE_WH[1]}
-    problem, = check_image(entry, tmp_path)
+    (problem,) = check_image(entry, tmp_path)
     assert (problem.kind, problem.where) == (kind, str(tmp_path / name))
 
 
@@ -190,13 +228,26 @@ def test_every_kind_is_planted():
 
 def test_uvo_videos_are_checked_frame_by_frame(tmp_path):
     path = tmp_path / 'uvo.json'
-    path.write_text(json.dumps({
-        'videos': [{'id': 1, 'height': 90, 'width': 120, 'file_names': ['v/0.png', 'v/1.png']}],
-        'annotations': [{'id': 1, 'video_id': 1, 'category_id': 1,
-                         'segmentations': [_rle(90, 120), None]}]}))
+    path.write_text(
+        json.dumps(
+            {
+                'videos': [
+                    {'id': 1, 'height': 90, 'width': 120, 'file_names': ['v/0.png', 'v/1.png']}
+                ],
+                'annotations': [
+                    {
+                        'id': 1,
+                        'video_id': 1,
+                        'category_id': 1,
+                        'segmentations': [_rle(90, 120), None],
+                    }
+                ],
+            }
+        )
+    )
     (tmp_path / 'v').mkdir()
     _save(tmp_path / 'v/0.png')
-    problem, = check_data(path, tmp_path)
+    (problem,) = check_data(path, tmp_path)
     assert (problem.kind, problem.where) == ('image-missing', str(tmp_path / 'v/1.png'))
 
 
@@ -214,23 +265,31 @@ def test_the_tool(tmp_path, sound, load_script, capsys):
     path.write_text(json.dumps(warned))
     assert main([str(path)]) == 0
     assert 'warning: annotation 2 (image 2): has the area 3000, its mask 1500' in (
-        capsys.readouterr().out)
+        capsys.readouterr().out
+    )
 
     (tmp_path / '2.jpg').unlink()
     broken = copy.deepcopy(sound)
-    broken['annotations'] += [{**sound['annotations'][0], 'id': i, 'area': -1}
-                              for i in range(10, 40)]
+    broken['annotations'] += [
+        {**sound['annotations'][0], 'id': i, 'area': -1} for i in range(10, 40)
+    ]
     path.write_text(json.dumps(broken))
     assert main([str(path), str(tmp_path), '--json', str(report), '--limit', '5']) == 1
     lines = capsys.readouterr().out.splitlines()
     assert sum('[area-not-positive]' in line for line in lines) == 5
     assert '... and 25 more of area-not-positive (--limit 0 or --json for all)' in lines
     assert [line.split() for line in lines[-2:]] == [
-        ['30', 'error', 'area-not-positive'], ['1', 'error', 'image-missing']]
+        ['30', 'error', 'area-not-positive'],
+        ['1', 'error', 'image-missing'],
+    ]
     written = json.loads(report.read_text())
     assert (written['errors'], written['warnings'], len(written['problems'])) == (31, 0, 31)
     assert written['problems'][-1] == {
-        'kind': 'image-missing', 'where': str(tmp_path / '2.jpg'), 'what': 'image 2 has no file',
-        'error': True, 'mend': KINDS['image-missing'][1]}
+        'kind': 'image-missing',
+        'where': str(tmp_path / '2.jpg'),
+        'what': 'image 2 has no file',
+        'error': True,
+        'mend': KINDS['image-missing'][1],
+    }
     with pytest.raises(SystemExit, match='2'):
         main([str(path), str(tmp_path / 'nowhere')])

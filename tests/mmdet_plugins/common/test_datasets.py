@@ -16,19 +16,36 @@ NAMES = ['cat', 'traffic light', 'ufo']
 
 def _coco():
     """Three 90x120 images: objects of all classes and a crowd; one novel object; none."""
-    boxes = [(1, 1, [10, 20, 30, 15], 0), (2, 1, [50.5, 5, 20, 60], 0), (3, 1, [0, 0, 90, 80], 1),
-             (4, 1, [60, 40, 10, 12], 0), (5, 2, [20, 20, 44, 33], 0), (6, 1, [5, 5, 0.5, 9], 0)]
+    boxes = [
+        (1, 1, [10, 20, 30, 15], 0),
+        (2, 1, [50.5, 5, 20, 60], 0),
+        (3, 1, [0, 0, 90, 80], 1),
+        (4, 1, [60, 40, 10, 12], 0),
+        (5, 2, [20, 20, 44, 33], 0),
+        (6, 1, [5, 5, 0.5, 9], 0),
+    ]
     category_ids = [11, 4, 11, 30, 30, 4]
     return {
-        'images': [{'id': i, 'file_name': f'{i}.jpg', 'height': 90, 'width': 120}
-                   for i in (1, 2, 3)],
+        'images': [
+            {'id': i, 'file_name': f'{i}.jpg', 'height': 90, 'width': 120} for i in (1, 2, 3)
+        ],
         'annotations': [
-            {'id': i, 'image_id': image_id, 'category_id': category_id, 'bbox': box,
-             'area': box[2] * box[3], 'iscrowd': crowd,
-             'segmentation': [[box[0], box[1], box[0] + box[2], box[1], box[0], box[1] + box[3]]]}
-            for (i, image_id, box, crowd), category_id in zip(boxes, category_ids, strict=True)],
+            {
+                'id': i,
+                'image_id': image_id,
+                'category_id': category_id,
+                'bbox': box,
+                'area': box[2] * box[3],
+                'iscrowd': crowd,
+                'segmentation': [
+                    [box[0], box[1], box[0] + box[2], box[1], box[0], box[1] + box[3]]
+                ],
+            }
+            for (i, image_id, box, crowd), category_id in zip(boxes, category_ids, strict=True)
+        ],
         # neither in the order of ids nor of labels
-        'categories': [{'id': i, 'name': n} for i, n in zip((11, 4, 30), NAMES, strict=True)]}
+        'categories': [{'id': i, 'name': n} for i, n in zip((11, 4, 30), NAMES, strict=True)],
+    }
 
 
 def _build(tmp_path, data, cls=OpenWorldCocoDataset, **options):
@@ -38,19 +55,23 @@ def _build(tmp_path, data, cls=OpenWorldCocoDataset, **options):
 
 
 def _instances(dataset, index=0):
-    return sorted((i['bbox'], i['bbox_label'], i['ignore_flag'])
-                  for i in dataset.get_data_info(index)['instances'])
+    return sorted(
+        (i['bbox'], i['bbox_label'], i['ignore_flag'])
+        for i in dataset.get_data_info(index)['instances']
+    )
 
 
 def test_classes_come_from_the_file(tmp_path):
     ours = _build(tmp_path, _coco(), class_agnostic=False)
-    stock = _build(tmp_path, _coco(), CocoDataset, metainfo={'classes': NAMES},
-                   data_prefix={'img': ''})
+    stock = _build(
+        tmp_path, _coco(), CocoDataset, metainfo={'classes': NAMES}, data_prefix={'img': ''}
+    )
     assert ours.metainfo['classes'] == tuple(NAMES) and len(ours) == len(stock) == 3
     for i in range(3):
         assert _instances(ours, i) == _instances(stock, i)
         assert {k: v for k, v in ours.get_data_info(i).items() if k != 'instances'} == {
-            k: v for k, v in stock.get_data_info(i).items() if k != 'instances'}
+            k: v for k, v in stock.get_data_info(i).items() if k != 'instances'
+        }
     assert len(_instances(ours)) == 4  # the sliver is dropped, as stock does
 
 
@@ -94,10 +115,14 @@ def test_novel_objects(tmp_path):
 
 
 def test_a_mismatch_of_classes_is_explained(tmp_path):
-    with pytest.raises(ValueError, match="asks for the classes 'traffic_light', which the file "
-                                         "does not have; it has 'cat', 'traffic light', 'ufo'"):
-        _build(tmp_path, _coco(), class_agnostic=False,
-               metainfo={'classes': ('cat', 'traffic_light')})
+    with pytest.raises(
+        ValueError,
+        match="asks for the classes 'traffic_light', which the file "
+        "does not have; it has 'cat', 'traffic light', 'ufo'",
+    ):
+        _build(
+            tmp_path, _coco(), class_agnostic=False, metainfo={'classes': ('cat', 'traffic_light')}
+        )
     with pytest.raises(ValueError, match='gives 2 classes, but a class-agnostic data set has one'):
         _build(tmp_path, _coco(), metainfo={'classes': ('cat', 'ufo')})
 
@@ -108,15 +133,18 @@ def _spoil(change):
     return data
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda d: d['annotations'][1].update(id=1), 'ids of annotations must be .* differ.*: 1'),
-    (lambda d: d['images'][1].pop('id'), 'ids of images'),
-    (lambda d: d['annotations'][1].pop('area'), 'annotation 2 needs a bbox .* and an area'),
-    (lambda d: d['annotations'][1].update(bbox=[0, 0, float('nan'), 4]), 'annotation 2 needs'),
-    (lambda d: d['images'][2].pop('height'), "image 3 .*lacks 'height'"),
-    (lambda d: d.pop('categories'), 'annotations.json: not a COCO annotation file'),
-    (lambda d: d.update(annotations=[]), 'none of its 3 images can be used: 3 have no valid'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda d: d['annotations'][1].update(id=1), 'ids of annotations must be .* differ.*: 1'),
+        (lambda d: d['images'][1].pop('id'), 'ids of images'),
+        (lambda d: d['annotations'][1].pop('area'), 'annotation 2 needs a bbox .* and an area'),
+        (lambda d: d['annotations'][1].update(bbox=[0, 0, float('nan'), 4]), 'annotation 2 needs'),
+        (lambda d: d['images'][2].pop('height'), "image 3 .*lacks 'height'"),
+        (lambda d: d.pop('categories'), 'annotations.json: not a COCO annotation file'),
+        (lambda d: d.update(annotations=[]), 'none of its 3 images can be used: 3 have no valid'),
+    ],
+)
 def test_bad_entries_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         _build(tmp_path, _spoil(change), filter_cfg={'filter_empty_gt': True})
@@ -136,22 +164,39 @@ def test_bad_files_are_named(tmp_path):
 
 def _uvo():
     """Two videos of three and two frames of 40x60; an object out of sight in one frame."""
+
     def rle(x):
         mask = np.zeros((40, 60), np.uint8, order='F')
-        mask[5:15, x:x + 20] = 1
+        mask[5:15, x : x + 20] = 1
         encoded = mask_utils.encode(mask)
         return {'size': encoded['size'], 'counts': encoded['counts'].decode()}
 
     return {
-        'videos': [{'id': 7, 'height': 40, 'width': 60, 'ytid': 'abc', 'start_idx': 0,
-                    'file_names': ['abc/0.png', 'abc/1.png', 'abc/2.png']},
-                   {'id': 3, 'height': 40, 'width': 60, 'file_names': ['xyz/0.png', 'xyz/1.png']}],
+        'videos': [
+            {
+                'id': 7,
+                'height': 40,
+                'width': 60,
+                'ytid': 'abc',
+                'start_idx': 0,
+                'file_names': ['abc/0.png', 'abc/1.png', 'abc/2.png'],
+            },
+            {'id': 3, 'height': 40, 'width': 60, 'file_names': ['xyz/0.png', 'xyz/1.png']},
+        ],
         'categories': [{'id': 1, 'name': 'person'}, {'id': 99, 'name': 'other'}],
         'annotations': [
-            {'id': 5, 'video_id': 7, 'category_id': 99, 'iscrowd': 0,
-             'segmentations': [rle(0), None, rle(30)],
-             'bboxes': [[0, 5, 20, 10], None, [30, 5, 20, 10]], 'areas': [200, None, 200]},
-            {'id': 6, 'video_id': 3, 'category_id': 1, 'segmentations': [None, rle(10)]}]}
+            {
+                'id': 5,
+                'video_id': 7,
+                'category_id': 99,
+                'iscrowd': 0,
+                'segmentations': [rle(0), None, rle(30)],
+                'bboxes': [[0, 5, 20, 10], None, [30, 5, 20, 10]],
+                'areas': [200, None, 200],
+            },
+            {'id': 6, 'video_id': 3, 'category_id': 1, 'segmentations': [None, rle(10)]},
+        ],
+    }
 
 
 def test_uvo_dense_frames_by_video(tmp_path):
@@ -161,10 +206,19 @@ def test_uvo_dense_frames_by_video(tmp_path):
     dataset = _build(tmp_path, _uvo(), UVODataset, data_prefix={'img': str(tmp_path)})
     infos = [dataset.get_data_info(i) for i in range(5)]
     assert [info['img_path'].removeprefix(f'{tmp_path}/') for info in infos] == [
-        'abc/0.png', 'abc/1.png', 'abc/2.png', 'xyz/0.png', 'xyz/1.png']
+        'abc/0.png',
+        'abc/1.png',
+        'abc/2.png',
+        'xyz/0.png',
+        'xyz/1.png',
+    ]
     assert [_instances(dataset, i) for i in range(5)] == [
-        [([0, 5, 20, 15], 0, 0)], [], [([30, 5, 50, 15], 0, 0)], [],
-        [([10, 5, 30, 15], 0, 0)]]  # the last box is its mask's
+        [([0, 5, 20, 15], 0, 0)],
+        [],
+        [([30, 5, 50, 15], 0, 0)],
+        [],
+        [([10, 5, 30, 15], 0, 0)],
+    ]  # the last box is its mask's
     masks = [mask_utils.decode(infos[i]['instances'][0]['mask']) for i in (0, 2, 4)]
     assert [int(mask.sum()) for mask in masks] == [200, 200, 200] and masks[1][5:15, 30:50].all()
     (tmp_path / 'xyz/0.png').unlink()
@@ -178,11 +232,17 @@ def test_uvo_sparse_is_coco(tmp_path):
     assert _instances(dataset) == _instances(_build(tmp_path, _coco()))
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda d: d['annotations'][1].update(video_id=8), 'object 6 of video 8: there is no such'),
-    (lambda d: d['annotations'][0]['segmentations'].pop(), 'object 5 of video 7: 2 masks for 3'),
-    (lambda d: d.pop('annotations'), 'not a UVO file'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda d: d['annotations'][1].update(video_id=8), 'object 6 of video 8: there is no such'),
+        (
+            lambda d: d['annotations'][0]['segmentations'].pop(),
+            'object 5 of video 7: 2 masks for 3',
+        ),
+        (lambda d: d.pop('annotations'), 'not a UVO file'),
+    ],
+)
 def test_bad_uvo_is_named(tmp_path, change, message):
     data = _uvo()
     change(data)
@@ -193,7 +253,13 @@ def test_bad_uvo_is_named(tmp_path, change, message):
 def test_built_by_name(tmp_path):
     path = tmp_path / 'annotations.json'
     path.write_text(json.dumps(_coco()))
-    dataset = DATASETS.build({'type': 'OpenWorldCocoDataset', 'data_root': str(tmp_path),
-                              'ann_file': 'annotations.json', 'data_prefix': {'img': 'images/'},
-                              'pipeline': []})
+    dataset = DATASETS.build(
+        {
+            'type': 'OpenWorldCocoDataset',
+            'data_root': str(tmp_path),
+            'ann_file': 'annotations.json',
+            'data_prefix': {'img': 'images/'},
+            'pipeline': [],
+        }
+    )
     assert dataset.get_data_info(0)['img_path'] == str(tmp_path / 'images' / '1.jpg')

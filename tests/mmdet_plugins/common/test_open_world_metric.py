@@ -48,31 +48,54 @@ def make_data(path):
     rng = np.random.default_rng(0)
     images, annotations, samples = [], [], []
     for image_id in range(11, 11 + NUM_IMAGES):
-        images.append({'id': image_id, 'file_name': f'{image_id}.jpg',
-                       'height': HEIGHT, 'width': WIDTH})
+        images.append(
+            {'id': image_id, 'file_name': f'{image_id}.jpg', 'height': HEIGHT, 'width': WIDTH}
+        )
         truth = _boxes(rng, 0 if image_id == 13 else 5)
         crowd = np.arange(len(truth)) == (0 if image_id == 11 else 9)
         for box, mask, iscrowd in zip(truth, _masks(truth), crowd, strict=True):
             x1, y1, x2, y2 = box.astype(np.float64).tolist()
-            annotations.append({
-                'id': len(annotations) + 1, 'image_id': image_id, 'iscrowd': int(iscrowd),
-                'category_id': len(annotations) % 2 + 1, 'bbox': [x1, y1, x2 - x1, y2 - y1],
-                'area': float(mask.sum()), 'segmentation': _rle(mask)})
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': image_id,
+                    'iscrowd': int(iscrowd),
+                    'category_id': len(annotations) % 2 + 1,
+                    'bbox': [x1, y1, x2 - x1, y2 - y1],
+                    'area': float(mask.sum()),
+                    'segmentation': _rle(mask),
+                }
+            )
         found = np.concatenate((truth[:4] + rng.normal(size=truth[:4].shape), _boxes(rng, 6)))
-        found = found[:0 if image_id == 15 else None].clip(0, HEIGHT).astype(np.float32)
+        found = found[: 0 if image_id == 15 else None].clip(0, HEIGHT).astype(np.float32)
         found[:, 2:] = np.maximum(found[:, 2:], found[:, :2] + 1)
         sample = DetDataSample(metainfo={'img_id': image_id, 'ori_shape': (HEIGHT, WIDTH)})
         sample.pred_instances = InstanceData(
-            bboxes=torch.from_numpy(found), labels=torch.zeros(len(found), dtype=torch.long),
+            bboxes=torch.from_numpy(found),
+            labels=torch.zeros(len(found), dtype=torch.long),
             scores=torch.from_numpy(rng.random(len(found), np.float32)),
-            masks=torch.from_numpy(_masks(found)).bool())
+            masks=torch.from_numpy(_masks(found)).bool(),
+        )
         for name, part in (('gt_instances', ~crowd), ('ignored_instances', crowd)):
-            setattr(sample, name, InstanceData(
-                bboxes=torch.from_numpy(truth[part]), labels=torch.zeros(part.sum().item()),
-                masks=BitmapMasks(_masks(truth[part]), HEIGHT, WIDTH)))
+            setattr(
+                sample,
+                name,
+                InstanceData(
+                    bboxes=torch.from_numpy(truth[part]),
+                    labels=torch.zeros(part.sum().item()),
+                    masks=BitmapMasks(_masks(truth[part]), HEIGHT, WIDTH),
+                ),
+            )
         samples.append(sample)
-    path.write_text(json.dumps({'images': images, 'annotations': annotations, 'categories': [
-        {'id': 1, 'name': 'seen'}, {'id': 2, 'name': 'unseen'}]}))
+    path.write_text(
+        json.dumps(
+            {
+                'images': images,
+                'annotations': annotations,
+                'categories': [{'id': 1, 'name': 'seen'}, {'id': 2, 'name': 'unseen'}],
+            }
+        )
+    )
     return str(path), samples
 
 
@@ -84,28 +107,43 @@ def data(tmp_path_factory):
 def _evaluate(samples, batch=2, **options):
     evaluator = Evaluator([{'type': 'mmdet.OpenWorldMetric', **options}])
     for i in range(0, len(samples), batch):
-        evaluator.process(samples[i:i + batch], {})
+        evaluator.process(samples[i : i + batch], {})
     return evaluator.evaluate(len(samples))
 
 
 def test_equals_the_evaluation_of_its_files(data, tmp_path):
     path, samples = data
     out = tmp_path / 'made' / 'results'
-    options = {'metric': ('bbox', 'segm', 'boundary'), 'max_dets': (1, 4, 100), 'tide': True,
-               'base_categories': ['seen'], 'outfile_prefix': str(out)}
+    options = {
+        'metric': ('bbox', 'segm', 'boundary'),
+        'max_dets': (1, 4, 100),
+        'tide': True,
+        'base_categories': ['seen'],
+        'outfile_prefix': str(out),
+    }
     metrics = _evaluate(samples, ann_file=path, **options)
     assert os.listdir(out.parent) == ['results.segm.json']
-    expected = evaluate_json(path, f'{out}.segm.json', ('bbox', 'segm', 'boundary'), (1, 4, 100),
-                             base_categories=['seen'], tide=True)
+    expected = evaluate_json(
+        path,
+        f'{out}.segm.json',
+        ('bbox', 'segm', 'boundary'),
+        (1, 4, 100),
+        base_categories=['seen'],
+        tide=True,
+    )
     assert metrics == pytest.approx({f'open_world/{k}': v for k, v in expected.items()}, abs=1e-12)
     assert 0.2 < metrics['open_world/segm_AR@100'] < 0.9
     results = json.loads((tmp_path / 'made/results.segm.json').read_text())
     assert len(results) == 10 * (NUM_IMAGES - 1) - 4  # one image without, one with 6 predictions
     first = samples[0].pred_instances
     x1, y1, x2, y2 = first.bboxes[0].double().tolist()
-    assert results[0] == {'image_id': 11, 'category_id': 1, 'bbox': [x1, y1, x2 - x1, y2 - y1],
-                          'score': first.scores[0].item(),
-                          'segmentation': _rle(first.masks[0].numpy())}
+    assert results[0] == {
+        'image_id': 11,
+        'category_id': 1,
+        'bbox': [x1, y1, x2 - x1, y2 - y1],
+        'score': first.scores[0].item(),
+        'segmentation': _rle(first.masks[0].numpy()),
+    }
 
 
 def test_equals_stock_proposal_recall(data):
@@ -117,7 +155,8 @@ def test_equals_stock_proposal_recall(data):
     ours = _evaluate(samples, ann_file=path, metric='bbox', max_dets=(1, 4, 100))
     for k, misnamed in ((1, 'AR@100'), (4, 'AR@300'), (100, 'AR@1000')):
         assert ours[f'open_world/bbox_AR@{k}'] == pytest.approx(
-            theirs[f'coco/{misnamed}'], abs=5.1e-4)
+            theirs[f'coco/{misnamed}'], abs=5.1e-4
+        )
 
 
 def test_truth_from_data_samples(data):
@@ -134,18 +173,21 @@ def _with_predictions(samples, **fields):
     for sample in samples:
         copy = DetDataSample(metainfo=sample.metainfo)
         copy.pred_instances = InstanceData(
-            **{name: change(sample.pred_instances) for name, change in fields.items()})
+            **{name: change(sample.pred_instances) for name, change in fields.items()}
+        )
         changed.append(copy)
     return changed
 
 
 def test_proposals_without_masks_in_half_precision(data):
     path, samples = data
-    halves = _with_predictions(samples, bboxes=lambda pred: pred.bboxes.half(),
-                               scores=lambda pred: pred.scores.half())
+    halves = _with_predictions(
+        samples, bboxes=lambda pred: pred.bboxes.half(), scores=lambda pred: pred.scores.half()
+    )
     ours = _evaluate(halves, ann_file=path, metric='bbox')
     assert ours['open_world/bbox_AR@100'] == pytest.approx(
-        _evaluate(samples, ann_file=path, metric='bbox')['open_world/bbox_AR@100'], abs=0.02)
+        _evaluate(samples, ann_file=path, metric='bbox')['open_world/bbox_AR@100'], abs=0.02
+    )
     with pytest.raises(ValueError, match='Image 11: masks are evaluated, but the predictions lack'):
         _evaluate(halves, ann_file=path)
 
@@ -153,9 +195,13 @@ def test_proposals_without_masks_in_half_precision(data):
 def test_rle_predictions(data):
     path, samples = data
     encoded = _with_predictions(
-        samples, bboxes=lambda pred: pred.bboxes, scores=lambda pred: pred.scores,
+        samples,
+        bboxes=lambda pred: pred.bboxes,
+        scores=lambda pred: pred.scores,
         masks=lambda pred: [  # counts are bytes, as mmdet's own encoder leaves them
-            mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in pred.masks])
+            mask_utils.encode(np.asfortranarray(mask, np.uint8)) for mask in pred.masks
+        ],
+    )
     assert _evaluate(encoded, ann_file=path) == _evaluate(samples, ann_file=path)
 
 
@@ -172,8 +218,14 @@ def test_format_only(data, tmp_path):
     prefix = str(tmp_path / 'challenge')
     assert _evaluate(samples, outfile_prefix=prefix, format_only=True) == {}
     assert len(json.loads((tmp_path / 'challenge.segm.json').read_text())) == 56
-    assert _evaluate([s for s in samples if not len(s.pred_instances)],
-                     outfile_prefix=prefix, format_only=True) == {}
+    assert (
+        _evaluate(
+            [s for s in samples if not len(s.pred_instances)],
+            outfile_prefix=prefix,
+            format_only=True,
+        )
+        == {}
+    )
     with pytest.raises(ValueError, match='outfile_prefix'):
         OpenWorldMetric(format_only=True)
 
@@ -183,7 +235,8 @@ def test_base_categories_from_a_file(data, tmp_path):
     (tmp_path / 'base.txt').write_text('seen\n')
     options = {'ann_file': path, 'metric': 'bbox'}
     assert _evaluate(samples, base_categories=str(tmp_path / 'base.txt'), **options) == _evaluate(
-        samples, base_categories=['seen'], **options)
+        samples, base_categories=['seen'], **options
+    )
     with pytest.raises(ValueError, match='base_categories needs ann_file'):
         OpenWorldMetric(base_categories=['seen'])
 
@@ -192,22 +245,47 @@ def test_uvo_videos_as_annotation_file(data, tmp_path):
     path, samples = data
     truth = json.loads(open(path).read())
     frames = [image['id'] for image in truth['images']]
-    (tmp_path / 'uvo.json').write_text(json.dumps({
-        'videos': [{'id': 1, 'height': HEIGHT, 'width': WIDTH,
-                    'file_names': [f'v/{i}.png' for i in frames]}],
-        'categories': truth['categories'],
-        'annotations': [
-            {'id': ann['id'], 'video_id': 1, 'category_id': ann['category_id'],
-             'iscrowd': ann['iscrowd'],
-             **{f'{key}{plural}': [ann[key] if i == ann['image_id'] else None for i in frames]
-                for key, plural in (('segmentation', 's'), ('bbox', 'es'), ('area', 's'))}}
-            for ann in truth['annotations']]}))
+    (tmp_path / 'uvo.json').write_text(
+        json.dumps(
+            {
+                'videos': [
+                    {
+                        'id': 1,
+                        'height': HEIGHT,
+                        'width': WIDTH,
+                        'file_names': [f'v/{i}.png' for i in frames],
+                    }
+                ],
+                'categories': truth['categories'],
+                'annotations': [
+                    {
+                        'id': ann['id'],
+                        'video_id': 1,
+                        'category_id': ann['category_id'],
+                        'iscrowd': ann['iscrowd'],
+                        **{
+                            f'{key}{plural}': [
+                                ann[key] if i == ann['image_id'] else None for i in frames
+                            ]
+                            for key, plural in (
+                                ('segmentation', 's'),
+                                ('bbox', 'es'),
+                                ('area', 's'),
+                            )
+                        },
+                    }
+                    for ann in truth['annotations']
+                ],
+            }
+        )
+    )
     numbered = []
     for number, sample in enumerate(samples, start=1):  # images are numbered as frames come
         numbered.append(DetDataSample(metainfo={**sample.metainfo, 'img_id': number}))
         numbered[-1].pred_instances = sample.pred_instances
     assert _evaluate(numbered, ann_file=str(tmp_path / 'uvo.json')) == pytest.approx(
-        _evaluate(samples, ann_file=path), abs=1e-12)
+        _evaluate(samples, ann_file=path), abs=1e-12
+    )
 
 
 def test_images_that_were_not_shown_do_not_count(data):
@@ -235,14 +313,19 @@ def test_bad_input_is_named(data, tmp_path):
 
 
 def _rank(rank, folder):
-    """One of two ranks: every other sample, and the first once more to fill rank 1, as samplers do.
-    """
+    """One of two ranks: every other sample, and the first once more to fill rank 1."""
     torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
+    )
     path, samples = make_data(folder / f'annotations{rank}.json')
-    metrics = _evaluate((samples + samples[:1])[rank::2], ann_file=path, tide=True,
-                        metric=('bbox', 'boundary'), outfile_prefix=f'{folder}/results',
-                        collect_dir=f'{folder}/parts')
+    metrics = _evaluate(
+        (samples + samples[:1])[rank::2],
+        ann_file=path,
+        tide=True,
+        metric=('bbox', 'boundary'),
+        outfile_prefix=f'{folder}/results',
+        collect_dir=f'{folder}/parts',
+    )
     (folder / f'metrics{rank}.json').write_text(json.dumps(metrics))
     torch.distributed.destroy_process_group()
 
@@ -267,8 +350,13 @@ sys.exit(sum(process.exitcode != 0 for process in ranks))
 
 def test_two_ranks_equal_one(data, tmp_path, repo):
     path, samples = data
-    subprocess.run([sys.executable, '-c', FORK_RANKS, __file__, str(tmp_path)], cwd=repo,
-                   check=True, timeout=120, capture_output=True)
+    subprocess.run(
+        [sys.executable, '-c', FORK_RANKS, __file__, str(tmp_path)],
+        cwd=repo,
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
     alone = _evaluate(samples, ann_file=path, metric=('bbox', 'boundary'), tide=True)
     for rank in range(2):
         metrics = json.loads((tmp_path / f'metrics{rank}.json').read_text())

@@ -22,10 +22,13 @@ def no_download(monkeypatch):
         monkeypatch.setattr(timm.models._builder, name, refuse)
 
 
-@pytest.mark.parametrize(('name', 'channels'), [
-    ('resnet18', [64, 128, 256, 512]),
-    (SWIN, [96, 192, 384, 768]),
-])
+@pytest.mark.parametrize(
+    ('name', 'channels'),
+    [
+        ('resnet18', [64, 128, 256, 512]),
+        (SWIN, [96, 192, 384, 768]),
+    ],
+)
 @pytest.mark.parametrize('size_hw', [(96, 160), (97, 131)])
 def test_channels_first_at_any_size(name, channels, size_hw):
     backbone = TimmBackbone(name)
@@ -37,8 +40,8 @@ def test_channels_first_at_any_size(name, channels, size_hw):
     assert backbone.out_channels == channels
     assert backbone.out_strides == [4, 8, 16, 32]
     assert [tuple(feat.shape) for feat in feats] == [
-        (2, c, -(-height // s), -(-width // s)) for c, s in zip(channels, (4, 8, 16, 32),
-                                                                strict=True)
+        (2, c, -(-height // s), -(-width // s))
+        for c, s in zip(channels, (4, 8, 16, 32), strict=True)
     ]
 
 
@@ -47,8 +50,10 @@ def test_features_are_timms(name):
     """At the size that timm takes by itself, with its own weights copied by hand."""
     backbone = TimmBackbone(name, out_indices=(-2, -1)).eval()
     model = timm.create_model(name, num_classes=0).eval()
-    state = {key.replace('layers_', 'layers.'): value
-             for key, value in backbone.timm_model.state_dict().items()}
+    state = {
+        key.replace('layers_', 'layers.'): value
+        for key, value in backbone.timm_model.state_dict().items()
+    }
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert all(key.startswith('norm.') for key in missing)
     image = torch.randn(1, 3, 224, 224)
@@ -61,6 +66,7 @@ def test_features_are_timms(name):
 
 def test_found_from_both_hosts():
     import mmseg.registry
+
     for registry in (MODELS, MMDET_MODELS, mmseg.registry.MODELS):
         assert registry.get('TimmBackbone') is TimmBackbone
 
@@ -87,8 +93,9 @@ def test_wrong_weights_are_named(tmp_path):
 
 def test_timms_own_weights_are_fetched_by_init_weights_alone():
     """Building does not download; the refusal of the fixture is what reaches timm."""
-    backbone = TimmBackbone('resnet18.a1_in1k',
-                            init_cfg=dict(type='Pretrained', checkpoint='timm://'))
+    backbone = TimmBackbone(
+        'resnet18.a1_in1k', init_cfg=dict(type='Pretrained', checkpoint='timm://')
+    )
     with pytest.raises(AssertionError, match='a download was tried'):
         backbone.init_weights()
 
@@ -96,8 +103,11 @@ def test_timms_own_weights_are_fetched_by_init_weights_alone():
 def test_norm_eval():
     for norm_eval in (False, True):
         backbone = TimmBackbone('resnet18', norm_eval=norm_eval).train()
-        modes = {module.training for module in backbone.modules()
-                 if isinstance(module, torch.nn.BatchNorm2d)}
+        modes = {
+            module.training
+            for module in backbone.modules()
+            if isinstance(module, torch.nn.BatchNorm2d)
+        }
         assert modes == {not norm_eval}
 
 

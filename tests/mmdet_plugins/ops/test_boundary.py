@@ -16,12 +16,14 @@ def _rle(mask):
 
 def _box_mask(height, width, top, left, h, w):
     mask = np.zeros((height, width), bool)
-    mask[top:top + h, left:left + w] = True
+    mask[top : top + h, left : left + w] = True
     return mask
 
 
-@pytest.mark.parametrize('height, width, expected', [
-    (480, 640, 16), (100, 100, 3), (720, 1280, 29), (10, 12, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    'height, width, expected',
+    [(480, 640, 16), (100, 100, 3), (720, 1280, 29), (10, 12, 1), (1, 1, 1)],
+)
 def test_width_is_two_percent_of_the_diagonal(height, width, expected):
     assert boundary_width(height, width) == expected
 
@@ -100,9 +102,20 @@ def test_boundary_ap_by_hand():
     """The shifted square: mask IoU 0.82 passes seven thresholds, boundary IoU 0.32 none."""
     truth, found = _box_mask(100, 100, 20, 20, 40, 40), _box_mask(100, 100, 20, 24, 40, 40)
     annotations = {
-        'images': [{'id': 1, 'height': 100, 'width': 100}], 'categories': [{'id': 1, 'name': 'x'}],
-        'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [20, 20, 40, 40],
-                         'area': 1600, 'iscrowd': 0, 'segmentation': _rle(truth)}]}
+        'images': [{'id': 1, 'height': 100, 'width': 100}],
+        'categories': [{'id': 1, 'name': 'x'}],
+        'annotations': [
+            {
+                'id': 1,
+                'image_id': 1,
+                'category_id': 1,
+                'bbox': [20, 20, 40, 40],
+                'area': 1600,
+                'iscrowd': 0,
+                'segmentation': _rle(truth),
+            }
+        ],
+    }
 
     def evaluate(mask):
         result = {'image_id': 1, 'category_id': 1, 'score': 0.5, 'segmentation': _rle(mask)}

@@ -7,8 +7,14 @@ from mmdet_plugins.ops import carafe as module
 from mmdet_plugins.ops.carafe import carafe
 
 # N, C, h, w, k, G, s
-CASES = [(2, 6, 5, 7, 5, 1, 2), (1, 8, 3, 9, 3, 4, 3), (2, 4, 1, 1, 5, 2, 1), (1, 4, 6, 5, 1, 1, 2),
-         (1, 3, 9, 2, 13, 3, 2), (1, 2, 4, 21, 5, 1, 2)]
+CASES = [
+    (2, 6, 5, 7, 5, 1, 2),
+    (1, 8, 3, 9, 3, 4, 3),
+    (2, 4, 1, 1, 5, 2, 1),
+    (1, 4, 6, 5, 1, 1, 2),
+    (1, 3, 9, 2, 13, 3, 2),
+    (1, 2, 4, 21, 5, 1, 2),
+]
 
 
 def make_inputs(n, c, h, w, k, groups, s, dtype=torch.double):
@@ -60,8 +66,9 @@ def test_taps_by_hand():
 @pytest.mark.parametrize('case', CASES)
 def test_equal_to_the_definition(case):
     features, masks = make_inputs(*case)
-    torch.testing.assert_close(carafe(features, masks, *case[4:]),
-                               literal(features, masks, *case[4:]))
+    torch.testing.assert_close(
+        carafe(features, masks, *case[4:]), literal(features, masks, *case[4:])
+    )
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -72,8 +79,11 @@ def test_gradients_whatever_the_chunk(monkeypatch, case, strip):
     ours, theirs = carafe(*inputs, *case[4:]), unfolded(*inputs, *case[4:])
     torch.testing.assert_close(ours, theirs)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    for a, b in zip(torch.autograd.grad(ours, inputs, weight),
-                    torch.autograd.grad(theirs, inputs, weight), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, weight),
+        torch.autograd.grad(theirs, inputs, weight),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -88,7 +98,7 @@ def test_one_gradient_alone(which):
     both = [t.clone().requires_grad_() for t in inputs]
     expected = torch.autograd.grad(carafe(*both, *CASES[0][4:]).square().sum(), both)[which]
     one = [t.clone().requires_grad_(i == which) for i, t in enumerate(inputs)]
-    grad, = torch.autograd.grad(carafe(*one, *CASES[0][4:]).square().sum(), one[which])
+    (grad,) = torch.autograd.grad(carafe(*one, *CASES[0][4:]).square().sum(), one[which])
     assert torch.equal(grad, expected)
 
 
@@ -96,7 +106,9 @@ def test_a_batch_is_its_images():
     features, masks = make_inputs(*CASES[0])
     whole = carafe(features, masks, *CASES[0][4:])
     for i in range(2):
-        assert torch.equal(carafe(features[i:i + 1], masks[i:i + 1], *CASES[0][4:])[0], whole[i])
+        assert torch.equal(
+            carafe(features[i : i + 1], masks[i : i + 1], *CASES[0][4:])[0], whole[i]
+        )
 
 
 def test_memory_format_is_kept():
@@ -116,8 +128,8 @@ def test_half_precision_is_summed_in_float32(dtype):
     expected = carafe(full, masks.float(), *CASES[0][4:])
     assert out.dtype == dtype
     assert torch.equal(out, expected.to(dtype))
-    grad, = torch.autograd.grad(out.sum(), features)
-    wide, = torch.autograd.grad(expected.sum(), full)
+    (grad,) = torch.autograd.grad(out.sum(), features)
+    (wide,) = torch.autograd.grad(expected.sum(), full)
     assert torch.equal(grad, wide.to(dtype))
 
 
@@ -125,7 +137,7 @@ def test_autocast_does_not_reach_inside():
     features, masks = make_inputs(*CASES[0], dtype=torch.float32)
     features.requires_grad_()
     expected = carafe(features, masks, *CASES[0][4:])
-    grad, = torch.autograd.grad(expected.square().sum(), features)
+    (grad,) = torch.autograd.grad(expected.square().sum(), features)
     with torch.autocast('cpu', torch.bfloat16):
         out = carafe(features, masks, *CASES[0][4:])
         assert torch.equal(out, expected)
@@ -145,7 +157,6 @@ def test_a_bad_value_stays_within_its_reach():
 
 
 class _Largest(TorchDispatchMode):
-
     def __init__(self):
         super().__init__()
         self.bytes = 0
@@ -168,9 +179,15 @@ def test_nothing_is_larger_than_the_output():
     assert largest.bytes <= out.numel() * 4
 
 
-@pytest.mark.parametrize('k, groups, s, words', [
-    (4, 1, 2, 'odd kernel size'), (5, 4, 2, 'do not split'), (5, 1, 3, 'masks are'),
-    (3, 1, 2, 'masks are')])
+@pytest.mark.parametrize(
+    'k, groups, s, words',
+    [
+        (4, 1, 2, 'odd kernel size'),
+        (5, 4, 2, 'do not split'),
+        (5, 1, 3, 'masks are'),
+        (3, 1, 2, 'masks are'),
+    ],
+)
 def test_sizes_that_do_not_fit_are_named(k, groups, s, words):
     features, masks = make_inputs(2, 6, 5, 7, 5, 1, 2)
     with pytest.raises(ValueError, match=words):
@@ -182,6 +199,7 @@ def test_sizes_that_do_not_fit_are_named(k, groups, s, words):
 @pytest.mark.parametrize('case', [(2, 64, 13, 21, 5, 1, 2), (1, 64, 9, 30, 3, 2, 2)])
 def test_equal_to_mmcv_on_cuda_without_a_sync(case):
     from mmcv.ops import carafe as mmcv_carafe
+
     inputs = [t.cuda().requires_grad_() for t in make_inputs(*case, dtype=torch.float32)]
     theirs = mmcv_carafe(*inputs, *case[4:])
     weight = torch.randn_like(theirs)

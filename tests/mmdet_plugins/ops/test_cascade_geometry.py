@@ -30,13 +30,17 @@ def random_anchors(batch: int, seed: int = 0) -> torch.Tensor:
 
 def stock_offsets(anchors: torch.Tensor, sizes=SIZES, strides=STRIDES) -> list[torch.Tensor]:
     head = StageCascadeRPNHead(
-        8, feat_channels=8, anchor_generator=dict(
-            type='AnchorGenerator', scales=[8], ratios=[1.0], strides=strides))
+        8,
+        feat_channels=8,
+        anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[1.0], strides=strides),
+    )
     levels = [list(a.split([h * w for h, w in sizes])) for a in anchors]
     offsets = head.anchor_offset(levels, strides, sizes)
     # What AdaptiveConv.forward does with them.
-    return [o.permute(0, 2, 1).reshape(len(anchors), 18, h, w)
-            for o, (h, w) in zip(offsets, sizes, strict=True)]
+    return [
+        o.permute(0, 2, 1).reshape(len(anchors), 18, h, w)
+        for o, (h, w) in zip(offsets, sizes, strict=True)
+    ]
 
 
 def test_one_anchor_by_hand():
@@ -58,8 +62,9 @@ def test_offsets_are_those_of_mmdet_bit_for_bit(batch, layout):
         anchors = anchors.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == 'expanded':
         anchors = anchors[:1].expand(batch, -1, -1)
-    for ours, theirs in zip(adaptive_offsets(anchors, SIZES, STRIDES), stock_offsets(anchors),
-                            strict=True):
+    for ours, theirs in zip(
+        adaptive_offsets(anchors, SIZES, STRIDES), stock_offsets(anchors), strict=True
+    ):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous()
 
@@ -67,8 +72,11 @@ def test_offsets_are_those_of_mmdet_bit_for_bit(batch, layout):
 def test_offsets_with_strides_that_are_no_powers_of_two():
     strides = [3, 7, 14, 28]
     anchors = random_anchors(2, seed=1)
-    for ours, theirs in zip(adaptive_offsets(anchors, SIZES, strides),
-                            stock_offsets(anchors, strides=strides), strict=True):
+    for ours, theirs in zip(
+        adaptive_offsets(anchors, SIZES, strides),
+        stock_offsets(anchors, strides=strides),
+        strict=True,
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -124,12 +132,17 @@ def test_decoding_is_that_of_mmdet(means, shared, clip, grad):
     weight = torch.randn(3, NUM, 4, generator=rng)
     theirs = []
     for i in range(3):
-        theirs.append(coder.decode(anchors if shared else anchors[i], deltas[i],
-                                   max_shape=shapes[i].tolist() if clip else None))
+        theirs.append(
+            coder.decode(
+                anchors if shared else anchors[i],
+                deltas[i],
+                max_shape=shapes[i].tolist() if clip else None,
+            )
+        )
     assert torch.equal(ours, torch.stack(theirs))
     if grad:
-        a, = torch.autograd.grad((ours * weight).sum(), deltas)
-        b, = torch.autograd.grad((torch.stack(theirs) * weight).sum(), deltas)
+        (a,) = torch.autograd.grad((ours * weight).sum(), deltas)
+        (b,) = torch.autograd.grad((torch.stack(theirs) * weight).sum(), deltas)
         torch.testing.assert_close(a, b)
 
 
@@ -139,8 +152,9 @@ def test_decoding_has_its_gradient():
     anchors = torch.cat([low, low + 3], dim=2).requires_grad_()
     deltas = torch.randn(2, 4, 4, generator=rng, dtype=torch.double, requires_grad=True)
     shapes = torch.tensor([[9.0, 11], [7, 13]], dtype=torch.double)
-    assert torch.autograd.gradcheck(lambda a, d: decode_deltas(a, d, 0.2, 0.1, shapes),
-                                    (anchors, deltas))
+    assert torch.autograd.gradcheck(
+        lambda a, d: decode_deltas(a, d, 0.2, 0.1, shapes), (anchors, deltas)
+    )
 
 
 def test_encoding_is_that_of_mmdet_and_inverts_decoding():
@@ -161,7 +175,9 @@ def test_a_batch_is_its_images():
     whole = decode_deltas(anchors, deltas, STDS, max_shape_hw=shapes)
     offsets = adaptive_offsets(whole, SIZES, STRIDES)
     for i in range(3):
-        one = decode_deltas(anchors[i:i + 1], deltas[i:i + 1], STDS, max_shape_hw=shapes[i:i + 1])
+        one = decode_deltas(
+            anchors[i : i + 1], deltas[i : i + 1], STDS, max_shape_hw=shapes[i : i + 1]
+        )
         assert torch.equal(one[0], whole[i])
         for a, b in zip(adaptive_offsets(one, SIZES, STRIDES), offsets, strict=True):
             assert torch.equal(a[0], b[i])
@@ -190,10 +206,15 @@ def test_sizes_that_do_not_fit_are_named():
 
 def test_shapes_are_static_off_the_cpu():
     anchors = grid_anchors(SIZES, STRIDES, 8, 'meta')
-    boxes = decode_deltas(anchors, torch.empty(2, NUM, 4, device='meta'), STDS,
-                          max_shape_hw=torch.empty(2, 2, device='meta'))
+    boxes = decode_deltas(
+        anchors,
+        torch.empty(2, NUM, 4, device='meta'),
+        STDS,
+        max_shape_hw=torch.empty(2, 2, device='meta'),
+    )
     assert [o.shape for o in adaptive_offsets(boxes, SIZES, STRIDES)] == [
-        (2, 18, h, w) for h, w in SIZES]
+        (2, 18, h, w) for h, w in SIZES
+    ]
 
 
 @pytest.mark.gpu

@@ -30,7 +30,11 @@ def _mask(rng, box):
     """An ellipse with some salt and pepper, so that masks of equal boxes differ."""
     x, y, w, h = box
     xs, ys = np.ogrid[0.5:WIDTH, 0.5:HEIGHT]
-    mask = (((xs - x - w / 2) / (w / 2))**2 + ((ys - y - h / 2) / (h / 2))**2 <= 1).view(np.uint8).T
+    mask = (
+        (((xs - x - w / 2) / (w / 2)) ** 2 + ((ys - y - h / 2) / (h / 2)) ** 2 <= 1)
+        .view(np.uint8)
+        .T
+    )
     mask[rng.integers(0, HEIGHT, 40), rng.integers(0, WIDTH, 40)] ^= 1
     rle = mask_utils.encode(mask)
     return {'size': rle['size'], 'counts': rle['counts'].decode()}
@@ -41,8 +45,9 @@ def make_data(seed, num_images=8, num_dets=60):
     rng = np.random.default_rng(seed)
     images, annotations, results = [], [], []
     for image_id in rng.permutation(1000)[:num_images].tolist():
-        images.append({'id': image_id, 'file_name': f'{image_id}.jpg',
-                       'height': HEIGHT, 'width': WIDTH})
+        images.append(
+            {'id': image_id, 'file_name': f'{image_id}.jpg', 'height': HEIGHT, 'width': WIDTH}
+        )
         boxes = []
         for i in range(rng.integers(0, 9)):
             size = rng.choice([8, 30, 60, 130]) * rng.uniform(0.7, 1.3, 2)
@@ -51,11 +56,17 @@ def make_data(seed, num_images=8, num_dets=60):
             if i == 1:
                 box = boxes[0]  # the same object twice: a tie of IoU
             boxes.append(box)
-            annotations.append({
-                'id': len(annotations) + 1, 'image_id': image_id,
-                'category_id': int(rng.choice([3, 7])), 'iscrowd': int(rng.random() < 0.2),
-                'bbox': [float(v) for v in box], 'segmentation': _mask(rng, box),
-                'area': float(box[2] * box[3] * rng.uniform(0.6, 1))})
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': image_id,
+                    'category_id': int(rng.choice([3, 7])),
+                    'iscrowd': int(rng.random() < 0.2),
+                    'bbox': [float(v) for v in box],
+                    'segmentation': _mask(rng, box),
+                    'area': float(box[2] * box[3] * rng.uniform(0.6, 1)),
+                }
+            )
         for _ in range(rng.integers(0, num_dets)):
             if boxes and rng.random() < 0.8:
                 box = np.array(boxes[rng.integers(len(boxes))])
@@ -65,12 +76,20 @@ def make_data(seed, num_images=8, num_dets=60):
             else:
                 box = np.array([*(rng.random(2) * 100), *(5 + rng.random(2) * 100)])
             box[2:] = np.maximum(box[2:], 2)
-            results.append({
-                'image_id': image_id, 'category_id': int(rng.choice([3, 7])),
-                'bbox': [float(v) for v in box], 'segmentation': _mask(rng, box),
-                'score': float(rng.integers(1, 30) / 30)})
-    return {'images': images, 'annotations': annotations,
-            'categories': [{'id': 3, 'name': 'seen'}, {'id': 7, 'name': 'unseen'}]}, results
+            results.append(
+                {
+                    'image_id': image_id,
+                    'category_id': int(rng.choice([3, 7])),
+                    'bbox': [float(v) for v in box],
+                    'segmentation': _mask(rng, box),
+                    'score': float(rng.integers(1, 30) / 30),
+                }
+            )
+    return {
+        'images': images,
+        'annotations': annotations,
+        'categories': [{'id': 3, 'name': 'seen'}, {'id': 7, 'name': 'unseen'}],
+    }, results
 
 
 def pycocotools_metrics(truth, results, iou_type, max_dets=MAX_DETS):
@@ -90,8 +109,13 @@ def pycocotools_metrics(truth, results, iou_type, max_dets=MAX_DETS):
         evaluation.params.maxDets = sorted({*max_dets, 100})
         evaluation.evaluate()
         evaluation.accumulate()
-    return summary(evaluation.eval['precision'][:, :, 0], evaluation.eval['recall'][:, 0],
-                   evaluation.params.maxDets, iou_type, max_dets)
+    return summary(
+        evaluation.eval['precision'][:, :, 0],
+        evaluation.eval['recall'][:, 0],
+        evaluation.params.maxDets,
+        iou_type,
+        max_dets,
+    )
 
 
 def summary(precision, recall, budgets, name, max_dets=MAX_DETS):
@@ -99,8 +123,11 @@ def summary(precision, recall, budgets, name, max_dets=MAX_DETS):
         return values[values > -1].mean() if (values > -1).any() else -1
 
     precision = precision[..., budgets.index(100)]
-    metrics = {f'{name}_AP': mean(precision[:, :, 0]), f'{name}_AP50': mean(precision[0, :, 0]),
-               f'{name}_AP75': mean(precision[5, :, 0])}
+    metrics = {
+        f'{name}_AP': mean(precision[:, :, 0]),
+        f'{name}_AP50': mean(precision[0, :, 0]),
+        f'{name}_AP75': mean(precision[5, :, 0]),
+    }
     for a, area in enumerate(AREAS):
         suffix = f'_{area}' if a else ''
         metrics[f'{name}_AP{suffix}'] = mean(precision[:, :, a])
@@ -134,15 +161,16 @@ def test_greedy_match_by_hand():
     matches = greedy_match(ious, ignored, crowd, np.array([0.5, 0.75]))
     # Of equals the last wins; objects that count go before ignored ones, however well these fit;
     # a crowd is never used up, an object is.
-    assert matches.tolist() == [[[1, 0, 2, -1], [1, 0, 2, -1]],
-                                [[1, 2, 2, 0], [1, 2, 2, -1]]]
+    assert matches.tolist() == [[[1, 0, 2, -1], [1, 0, 2, -1]], [[1, 2, 2, 0], [1, 2, 2, -1]]]
 
 
 def test_budgets_are_those_in_the_names():
     truth, results = make_data(4)
     ours = evaluate_json(truth, results, ('bbox',), max_dets=(7, 3))
     assert [name for name in ours if '@' in name and name.count('_') == 1] == [
-        'bbox_AR@3', 'bbox_AR@7']
+        'bbox_AR@3',
+        'bbox_AR@7',
+    ]
     theirs = pycocotools_metrics(truth, results, 'bbox', (3, 7))
     assert ours == pytest.approx(theirs, abs=1e-9)  # and AP stays that at 100
 
@@ -151,10 +179,13 @@ def reference_recall(truth, results, base, part_is_base, threshold, budget, area
     """Objects of one part found and in all, by the definition: no ignored objects, no arrays."""
     found = total = 0
     for image in truth['images']:
-        anns = sorted((a for a in truth['annotations'] if a['image_id'] == image['id']),
-                      key=lambda a: a['category_id'])
-        dets = sorted((r for r in results if r['image_id'] == image['id']),
-                      key=lambda r: r['category_id'])
+        anns = sorted(
+            (a for a in truth['annotations'] if a['image_id'] == image['id']),
+            key=lambda a: a['category_id'],
+        )
+        dets = sorted(
+            (r for r in results if r['image_id'] == image['id']), key=lambda r: r['category_id']
+        )
         dets.sort(key=lambda r: -r['score'])
         crowd = [a['iscrowd'] for a in anns]
         ious = mask_utils.iou([d['bbox'] for d in dets], [a['bbox'] for a in anns], crowd)
@@ -177,10 +208,15 @@ def reference_recall(truth, results, base, part_is_base, threshold, budget, area
                 kept.append(d)
 
         # 2. The first k of the others look for objects of this part.
-        low, high = {'all': (0, 1e10), 'small': (0, 1024), 'medium': (1024, 9216),
-                     'large': (9216, 1e10)}[area]
-        wanted = [g for g, a in enumerate(anns)
-                  if mine[g] and not crowd[g] and low <= a['area'] <= high]
+        low, high = {
+            'all': (0, 1e10),
+            'small': (0, 1024),
+            'medium': (1024, 9216),
+            'large': (9216, 1e10),
+        }[area]
+        wanted = [
+            g for g, a in enumerate(anns) if mine[g] and not crowd[g] and low <= a['area'] <= high
+        ]
         free = list(wanted)
         for d in kept[:budget]:
             reach = [g for g in free if ious[d][g] >= threshold]
@@ -197,8 +233,10 @@ def test_split_equals_reference(part):
     ours = evaluate_json(truth, results, ('bbox',), (2, 10), base_categories=['seen'])
     for budget in (2, 10):
         for area in AREAS:
-            counts = [reference_recall(truth, results, {3}, part == 'base', t, budget, area)
-                      for t in np.linspace(0.5, 0.95, 10)]
+            counts = [
+                reference_recall(truth, results, {3}, part == 'base', t, budget, area)
+                for t in np.linspace(0.5, 0.95, 10)
+            ]
             expected = np.mean([found / total for found, total in counts])
             suffix = '' if area == 'all' else f'_{area}'
             assert ours[f'{part}_bbox_AR@{budget}{suffix}'] == pytest.approx(expected, abs=1e-9)
@@ -209,11 +247,15 @@ def test_split_equals_reference(part):
 def test_detections_on_base_objects_take_no_budget():
     """By hand: the detection of a base object outranks that of the novel object."""
     box, other = [10.0, 10.0, 40.0, 40.0], [100.0, 60.0, 50.0, 40.0]
-    truth = {'images': [{'id': 1}],
-             'categories': [{'id': 1, 'name': 'cat'}, {'id': 2, 'name': 'ufo'}],
-             'annotations': [_annotation(1, box, 1), _annotation(2, other, 2)]}
-    results = [{'image_id': 1, 'category_id': 1, 'bbox': b, 'score': s}
-               for b, s in ((box, 0.9), (other, 0.8))]
+    truth = {
+        'images': [{'id': 1}],
+        'categories': [{'id': 1, 'name': 'cat'}, {'id': 2, 'name': 'ufo'}],
+        'annotations': [_annotation(1, box, 1), _annotation(2, other, 2)],
+    }
+    results = [
+        {'image_id': 1, 'category_id': 1, 'bbox': b, 'score': s}
+        for b, s in ((box, 0.9), (other, 0.8))
+    ]
     metrics = evaluate_json(truth, results, ('bbox',), (1,), base_categories=['cat'])
     assert metrics['bbox_AR@1'] == pytest.approx(0.5)
     assert metrics['novel_bbox_AR@1'] == 1
@@ -222,8 +264,15 @@ def test_detections_on_base_objects_take_no_budget():
 
 
 def _annotation(ann_id, box, category_id=1, **more):
-    return {'id': ann_id, 'image_id': 1, 'category_id': category_id, 'bbox': box,
-            'area': box[2] * box[3], 'iscrowd': 0, **more}
+    return {
+        'id': ann_id,
+        'image_id': 1,
+        'category_id': category_id,
+        'bbox': box,
+        'area': box[2] * box[3],
+        'iscrowd': 0,
+        **more,
+    }
 
 
 def test_order_shares_and_pickling_do_not_matter():
@@ -234,8 +283,11 @@ def test_order_shares_and_pickling_do_not_matter():
     shares = [OpenWorldEvaluator(kinds, split=True, tide=True) for _ in range(3)]
     for i, image in enumerate(truth['images'][::-1]):
         for share in (shares[i % 2], shares[0]):  # the first share sees every image
-            share.update(image['id'], to_objects(gts[image['id']], image, True, {3}),
-                         to_detections(dets[image['id']], True))
+            share.update(
+                image['id'],
+                to_objects(gts[image['id']], image, True, {3}),
+                to_detections(dets[image['id']], True),
+            )
     assert shares[0].compute() == pytest.approx(expected, abs=1e-12)
     shares = [pickle.loads(pickle.dumps(share)) for share in shares]
     merged = OpenWorldEvaluator.merge(shares)
@@ -245,8 +297,11 @@ def test_order_shares_and_pickling_do_not_matter():
 
 def test_tide_by_hand():
     """Two objects, one found: finding the other would lift AP50 from 51/101 to 1."""
-    truth = {'images': [{'id': 1}], 'categories': [{'id': 1, 'name': 'cat'}],
-             'annotations': [_annotation(1, [0, 0, 10, 10]), _annotation(2, [50, 50, 10, 10])]}
+    truth = {
+        'images': [{'id': 1}],
+        'categories': [{'id': 1, 'name': 'cat'}],
+        'annotations': [_annotation(1, [0, 0, 10, 10]), _annotation(2, [50, 50, 10, 10])],
+    }
     found = [{'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 10, 10], 'score': 0.5}]
     metrics = evaluate_json(truth, found, ('bbox',), tide=True)
     assert metrics['bbox_TIDE_Miss'] == pytest.approx(50 / 101)
@@ -259,8 +314,11 @@ def test_tide_by_hand():
 
 
 def test_object_with_id_zero_can_be_found():
-    truth = {'images': [{'id': 1}], 'categories': [{'id': 1, 'name': 'cat'}],
-             'annotations': [_annotation(0, [0, 0, 10, 10])]}
+    truth = {
+        'images': [{'id': 1}],
+        'categories': [{'id': 1, 'name': 'cat'}],
+        'annotations': [_annotation(0, [0, 0, 10, 10])],
+    }
     found = [{'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 10, 10], 'score': 0.5}]
     assert evaluate_json(truth, found, ('bbox',))['bbox_AR@1'] == 1
 
@@ -316,6 +374,19 @@ def test_table_shows_every_kind():
     truth, results = make_data(0)
     rows = format_table(evaluate_json(truth, results, base_categories=['seen'])).splitlines()
     assert [row.split()[0] for row in rows] == [
-        'AP', 'bbox', 'segm', 'novel_bbox', 'novel_segm', 'base_bbox', 'base_segm']
-    assert rows[0].split()[3:] == ['AR@1', 'AR@10', 'AR@100', 'AR@100_small', 'AR@100_medium',
-                                   'AR@100_large']
+        'AP',
+        'bbox',
+        'segm',
+        'novel_bbox',
+        'novel_segm',
+        'base_bbox',
+        'base_segm',
+    ]
+    assert rows[0].split()[3:] == [
+        'AR@1',
+        'AR@10',
+        'AR@100',
+        'AR@100_small',
+        'AR@100_medium',
+        'AR@100_large',
+    ]

@@ -30,7 +30,8 @@ def make_scene(seed: int, num_gts: int, num_classes: int = 1, hw: tuple[int, int
         scores=torch.rand(num, num_classes, generator=rng),
         gt_xyxy=torch.cat([middle - side / 2, middle + side / 2], dim=1),
         gt_labels=torch.randint(num_classes, (num_gts,), generator=rng),
-        strides=strides)
+        strides=strides,
+    )
 
 
 def stock(scene: dict, k: int, radius: float) -> torch.Tensor:
@@ -40,8 +41,10 @@ def stock(scene: dict, k: int, radius: float) -> torch.Tensor:
         InstanceData(
             priors=torch.cat([scene['points_xy'], strides], dim=1),
             bboxes=scene['boxes_xyxy'],
-            scores=scene['scores']),
-        InstanceData(bboxes=scene['gt_xyxy'], labels=scene['gt_labels']))
+            scores=scene['scores'],
+        ),
+        InstanceData(bboxes=scene['gt_xyxy'], labels=scene['gt_labels']),
+    )
     return result.gt_inds - 1, result.max_overlaps
 
 
@@ -90,7 +93,8 @@ QUARTERS = dict(
     points_xy=torch.tensor([[5.0, 5.0], [4.5, 5.0], [5.0, 4.5], [5.5, 5.5]]),
     boxes_xyxy=torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 5, 5], [0, 0, 10, 9]]),
     scores=torch.tensor([0.1, 0.9, 0.9, 0.9]),
-    gt_xyxy=torch.tensor([[0.0, 0, 10, 10]]))
+    gt_xyxy=torch.tensor([[0.0, 0, 10, 10]]),
+)
 
 
 def test_k_is_the_whole_part_of_the_summed_ious_and_the_cheapest_are_claimed():
@@ -125,7 +129,8 @@ def test_ties_go_to_the_lowest_index():
         points_xy=torch.full((6, 2), 5.0),
         boxes_xyxy=torch.tensor([[0.0, 0, 10, 8]]).repeat(6, 1),
         scores=torch.full((6,), 0.5),
-        gt_xyxy=torch.tensor([[0.0, 0, 10, 10]]).repeat(3, 1))
+        gt_xyxy=torch.tensor([[0.0, 0, 10, 10]]).repeat(3, 1),
+    )
     for result, claims in zip(run(scene, topk=(3, 6)), (2, 4), strict=True):
         assert result.gt_idx.tolist() == [0] * claims + [-1] * (6 - claims)
 
@@ -158,8 +163,11 @@ def test_equal_to_the_literal_rule_in_ratio_mode(num_gts):
 @pytest.mark.parametrize('rule', ['ratio', 'stride'])
 @pytest.mark.parametrize('ensure_positive', [False, True])
 def test_blocks_change_nothing(monkeypatch, rule, ensure_positive):
-    options = dict(center_rule=rule, center_radius=0.25 if rule == 'ratio' else 1.5,
-                   ensure_positive=ensure_positive)
+    options = dict(
+        center_rule=rule,
+        center_radius=0.25 if rule == 'ratio' else 1.5,
+        ensure_positive=ensure_positive,
+    )
     scenes = [make_scene(seed, 1 + seed, 1 + seed % 3, hw=(64, 200)) for seed in range(0, 20, 4)]
     blockwise = [run(scene, **options) for scene in scenes]
     monkeypatch.setattr(sim_ota, '_BUDGET', 3000)  # several batches
@@ -220,8 +228,11 @@ def test_objects_out_of_reach_leave_everything_to_the_background():
 def test_degenerate_objects_and_priors():
     scene = make_scene(3, 6)
     flat = torch.tensor([[20.0, 20, 20, 40], [50, 50, 40, 40]])
-    flat = {**scene, 'gt_xyxy': torch.cat([scene['gt_xyxy'], flat]),
-            'gt_labels': torch.zeros(8, dtype=torch.long)}
+    flat = {
+        **scene,
+        'gt_xyxy': torch.cat([scene['gt_xyxy'], flat]),
+        'gt_labels': torch.zeros(8, dtype=torch.long),
+    }
     (result,) = run(flat, topk=(10,), center_rule='stride', center_radius=1.5)
     assert torch.equal(result.gt_idx, stock(flat, 10, 1.5)[0])
 
@@ -246,8 +257,10 @@ def test_degenerate_objects_and_priors():
 def test_invalid_priors_are_as_if_absent():
     scene = make_scene(5, 8)
     valid = torch.rand(len(scene['points_xy']), generator=torch.Generator().manual_seed(0)) < 0.6
-    kept = {k: v[valid] if k in ('points_xy', 'boxes_xyxy', 'scores', 'strides') else v
-            for k, v in scene.items()}
+    kept = {
+        k: v[valid] if k in ('points_xy', 'boxes_xyxy', 'scores', 'strides') else v
+        for k, v in scene.items()
+    }
     for a, b in zip(run(scene, valid=valid), run(kept), strict=True):
         assert torch.equal(a.gt_idx[valid], b.gt_idx)
         assert (a.gt_idx[~valid] == -1).all()
@@ -265,8 +278,9 @@ def test_more_top_k_than_priors():
     scene = make_scene(0, 2)
     some = {k: v[200:215] if len(v) > 2 else v for k, v in scene.items()}
     some['gt_xyxy'] = some['boxes_xyxy'][3:5].clone()
-    for result, k in zip(run(some, topk=(5, 300), center_rule='stride', center_radius=2.5),
-                         (5, 300), strict=True):
+    for result, k in zip(
+        run(some, topk=(5, 300), center_rule='stride', center_radius=2.5), (5, 300), strict=True
+    ):
         assert torch.equal(result.gt_idx, stock(some, k, 2.5)[0])
 
 
@@ -306,8 +320,9 @@ def test_the_best_prior_is_found_apart_from_the_object():
     points[-1] = torch.tensor([44.3, 23])
     boxes[-1] = torch.tensor([43.6, 22, 45.1, 23.9])
     gts = torch.tensor([[42.0, 22, 43.5, 23.9], [200, 20, 260, 30]])
-    (result,) = dual_sim_ota(points, boxes, torch.full((num,), 0.5), gts, topk=(10,),
-                             ensure_positive=True)
+    (result,) = dual_sim_ota(
+        points, boxes, torch.full((num,), 0.5), gts, topk=(10,), ensure_positive=True
+    )
     assert result.gt_idx[-1] == 0
     assert (result.gt_idx[:-1] != 0).all()
 
@@ -317,8 +332,9 @@ def test_no_positive_is_forced_outside_the_image_or_without_area():
     outside = torch.tensor([[140.0, 10, 150, 20], [10, 72, 20, 80], [-9, -9, 0, 0]])
     flat = torch.tensor([[41.0, 22, 41, 23]])
     for gts in (outside, flat):
-        for result in run(scene, gt_xyxy=gts, gt_labels=None, ensure_positive=True,
-                          image_hw=(72, 136)):
+        for result in run(
+            scene, gt_xyxy=gts, gt_labels=None, ensure_positive=True, image_hw=(72, 136)
+        ):
             assert (result.gt_idx == -1).all()
     (result,) = run(scene, gt_xyxy=outside, gt_labels=None, ensure_positive=True, topk=(10,))
     assert set(result.gt_idx.tolist()) == {-1, 0, 1, 2}
@@ -337,9 +353,14 @@ def test_with_positives_ensured_only_the_outbid_go_without(rule):
             if g in got:
                 continue
             # Alone, it has a positive; and another object holds it now.
-            (alone,) = run(scene, gt_xyxy=scene['gt_xyxy'][g:g + 1],
-                           gt_labels=scene['gt_labels'][g:g + 1], topk=(10,), center_rule=rule,
-                           ensure_positive=True)
+            (alone,) = run(
+                scene,
+                gt_xyxy=scene['gt_xyxy'][g : g + 1],
+                gt_labels=scene['gt_labels'][g : g + 1],
+                topk=(10,),
+                center_rule=rule,
+                ensure_positive=True,
+            )
             held = alone.gt_idx == 0
             assert held.any()
             assert (result.gt_idx[held] >= 0).all()
@@ -382,14 +403,17 @@ def test_shapes_are_static_off_the_cpu(rule):
         assert result.gt_idx.device.type == 'meta'
 
 
-@pytest.mark.parametrize('change, words', [
-    (dict(center_rule='circle'), 'center_rule'),
-    (dict(center_rule='stride', strides=None), 'needs strides'),
-    (dict(topk=()), 'topk'),
-    (dict(gt_labels=torch.zeros(9)), 'gt_labels'),
-    (dict(gt_xyxy=torch.zeros(2, 5)), 'gt_xyxy'),
-    (dict(scores=torch.zeros(3)), 'scores'),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(center_rule='circle'), 'center_rule'),
+        (dict(center_rule='stride', strides=None), 'needs strides'),
+        (dict(topk=()), 'topk'),
+        (dict(gt_labels=torch.zeros(9)), 'gt_labels'),
+        (dict(gt_xyxy=torch.zeros(2, 5)), 'gt_xyxy'),
+        (dict(scores=torch.zeros(3)), 'scores'),
+    ],
+)
 def test_bad_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         run(make_scene(0, 2), **change)
@@ -401,8 +425,12 @@ def test_bad_arguments_are_named(change, words):
 def test_cuda_agrees_without_a_sync(rule):
     for seed in range(5):
         scene = make_scene(seed, 10, 1 + seed % 2)
-        options = dict(center_rule=rule, center_radius=0.25 if rule == 'ratio' else 2.5,
-                       ensure_positive=bool(seed % 2), image_hw=(72, 136))
+        options = dict(
+            center_rule=rule,
+            center_radius=0.25 if rule == 'ratio' else 2.5,
+            ensure_positive=bool(seed % 2),
+            image_hw=(72, 136),
+        )
         expected = run(scene, **options)
         cuda = {k: v.cuda() for k, v in scene.items()}
         run(cuda, **options)
