@@ -8,7 +8,7 @@ positions, a sum over taps. On CUDA the peer is mmcv's kernel.
 
 import torch
 import torch.nn.functional as F
-from _case import Case, Sides
+from _case import Case, Floor, Sides
 from mmcv.ops import carafe as mmcv_carafe
 from torch import Tensor
 
@@ -56,4 +56,5 @@ def _build(device: str) -> Sides:
     return Sides(ours, peer, parity)
 
 
-CASES = [Case('256 x 100 x 168, x2, k=5, forward and backward', _build)]
+FLOORS = {'cpu': Floor(ratio=2, memory=1 / 5), 'cuda': Floor(ratio=1 / 1.2)}
+CASES = [Case('256 x 100 x 168, x2, k=5, forward and backward', _build, FLOORS)]

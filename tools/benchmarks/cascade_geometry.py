@@ -11,7 +11,7 @@ the second stage takes them. The peer is mmdet's ``StageCascadeRPNHead`` (``get_
 from functools import partial
 
 import torch
-from _case import Case, Sides
+from _case import Case, Floor, Sides
 from mmdet.models.dense_heads import StageCascadeRPNHead
 
 from mmdet_plugins.ops.cascade_geometry import (
@@ -75,4 +75,7 @@ def _build(batch: int, device: str) -> Sides:
     return Sides(ours, peer, parity)
 
 
-CASES = [Case(f'batch {b}', partial(_build, b)) for b in (2, 16)]
+CASES = [
+    Case('batch 2', partial(_build, 2), {'cpu': Floor(ratio=4)}),
+    Case('batch 16', partial(_build, 16), {'cpu': Floor(ratio=4), 'cuda': Floor(ratio=20)}),
+]

@@ -8,7 +8,7 @@ each stage.
 """
 
 import torch
-from _case import Case, Sides
+from _case import Case, Floor, Sides
 from mmdet.models.task_modules.assigners import SimOTAAssigner
 from mmengine.structures import InstanceData
 
@@ -83,4 +83,5 @@ def _build(device: str) -> Sides:
     return Sides(ours, peer, parity)
 
 
-CASES = [Case('two stages, top-k 10 and 20', _build)]
+FLOORS = {'cpu': Floor(ratio=5, memory=1 / 10), 'cuda': Floor(ratio=12, syncs=0)}
+CASES = [Case('two stages, top-k 10 and 20', _build, FLOORS)]
