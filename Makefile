@@ -7,6 +7,8 @@ ARGS ?=
 BIN := $(abspath $(ENV))/bin
 FAST := -m "not slow and not gpu"
 export PATH := $(BIN):$(PATH)
+# Known and answered by the pin of setuptools; mmengine and mim would say it in every process.
+export PYTHONWARNINGS ?= ignore:pkg_resources is deprecated:UserWarning
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow test-onedl lint format bench doctor

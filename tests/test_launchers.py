@@ -138,8 +138,8 @@ def test_slurm_asks_for_the_resources_and_runs(repo, toy):
     assert (toy / 'srun.args').read_text().splitlines() == [
         '-p', 'part', '--job-name=job', '--gres=gpu:2', '--ntasks=4', '--ntasks-per-node=2',
         '--cpus-per-task=5', '--kill-on-bad-exit=1', '--qos=high', '--time=10', 'python', '-u',
-        f'{tools}/train.py', 'toy_config.py', '--work-dir=here', '--launcher=slurm',
-        '--auto-scale-lr',
+        f'{tools}/train.py', 'toy_config.py', '--work-dir=here', '--auto-scale-lr',
+        '--launcher=slurm',
     ]  # fmt: skip
     assert weight(toy / 'here') == -3.0 / 4  # batch 2 of a base of 8
     out = run(['bash', tools / 'slurm_test.sh', 'part', 'job', 'toy_config.py', 'here/iter_2.pth'],

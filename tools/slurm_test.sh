@@ -3,15 +3,5 @@
 # Resources by GPUS, GPUS_PER_NODE, CPUS_PER_TASK; anything else for srun in SRUN_ARGS.
 set -euo pipefail
 (($# >= 4)) || { echo "usage: $0 PARTITION JOB_NAME CONFIG CHECKPOINT [option of test.py ...]" >&2; exit 2; }
-tools="$(cd "$(dirname "$0")" && pwd)"
-read -ra srun_args <<<"${SRUN_ARGS:-}"
-
-PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" exec srun -p "$1" \
-    --job-name="$2" \
-    --gres="gpu:${GPUS_PER_NODE:-8}" \
-    --ntasks="${GPUS:-8}" \
-    --ntasks-per-node="${GPUS_PER_NODE:-8}" \
-    --cpus-per-task="${CPUS_PER_TASK:-5}" \
-    --kill-on-bad-exit=1 \
-    ${srun_args[@]+"${srun_args[@]}"} \
-    python -u "$tools/test.py" "$3" "$4" --launcher=slurm "${@:5}"
+source "$(dirname "$0")/_slurm.sh"
+run_on_slurm "$1" "$2" "$tools/test.py" "$3" "$4" "${@:5}"

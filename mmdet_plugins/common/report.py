@@ -34,7 +34,7 @@ from mmdet_plugins.ops.coco_json import (
     to_detections,
     to_objects,
 )
-from mmdet_plugins.ops.open_world import evaluate_json, greedy_match
+from mmdet_plugins.ops.open_world import evaluate_json, greedy_match, pairwise_iou
 
 MOST_DETECTIONS = 1000
 BUDGET = 100  # detections an image of the per-image recall, the size bins and the pictures
@@ -72,12 +72,8 @@ def match_image(objects: Objects, detections: Detections) -> ImageMatch:
     """
     order = np.argsort(-detections.scores, kind='stable')[:MOST_DETECTIONS]
     found = detections[order]
-    if not len(order) or not len(objects):
-        ious = np.zeros((len(order), len(objects)))
-    elif objects.rles is None or found.rles is None:
-        ious = coco_mask.bbox_iou(found.boxes_xywh, objects.boxes_xywh, objects.crowd)
-    else:
-        ious = coco_mask.iou(list(found.rles), list(objects.rles), objects.crowd)
+    boxes_only = objects.rles is None or found.rles is None
+    ious = pairwise_iou('bbox' if boxes_only else 'segm', objects, found)
     matches = greedy_match(ious, objects.crowd[None], objects.crowd)[0]
     ranks = np.full((len(matches), len(objects)), NEVER, np.int32)
     threshold, detection = np.nonzero(matches >= 0)

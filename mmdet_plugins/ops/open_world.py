@@ -191,7 +191,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values[values > -1].mean()) if (values > -1).any() else -1.0
 
 
-def _pairwise_iou(iou_type: str, objects: Objects, detections: Detections) -> np.ndarray:
+def pairwise_iou(iou_type: str, objects: Objects, detections: Detections) -> np.ndarray:
     """``[D, G]`` overlap; with a crowd, intersection over the detection's area."""
     if not len(objects) or not len(detections):
         return np.zeros((len(detections), len(objects)))
@@ -214,7 +214,7 @@ def _off_ignored(
     order = _by_score(detections)
     if not ignored.any():
         return order
-    ious = _pairwise_iou(iou_type, objects, detections)[order]
+    ious = pairwise_iou(iou_type, objects, detections)[order]
     matches = greedy_match(ious, (ignored | objects.crowd)[None], objects.crowd, IOU_THRESHOLDS[:1])
     matches = matches[0, 0]
     return order[~((matches >= 0) & ignored[matches])]
@@ -327,7 +327,7 @@ class _GreedyEngine:
         detections = detections[_by_score(detections)[: self.budgets[-1]]]
         low, high = np.array(list(AREAS.values())).T[:, :, None]
         ignored = objects.crowd | (objects.areas < low) | (objects.areas > high)
-        ious = _pairwise_iou(self.iou_type, objects, detections)
+        ious = pairwise_iou(self.iou_type, objects, detections)
         matches = greedy_match(ious, ignored, objects.crowd)
         matched = matches >= 0
         view = np.arange(len(AREAS))[:, None, None]
