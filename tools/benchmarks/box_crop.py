@@ -5,8 +5,8 @@ whole-image inference do: decode, crop, ``cv2.resize`` to 512x512, network, logi
 then to the crop, softmax, argmax, paste into a frame, encode with pycocotools. One forward pass a
 box in the first two cases; in the last the flipped crop too, prepared and post-processed like the
 other. The stub stands for the whole segmentor, with the normalisation that mmseg puts at its head:
-on both sides it takes uint8 crops on the device, and gives 128x128 logits of two classes, every
-fourth pixel of the green channel.
+on both sides it takes uint8 crops on the device, and gives 128x128 logits of two classes, drawn
+from 16x16 pixels of the green channel: it must cost next to nothing beside what is measured.
 """
 
 import cv2
@@ -27,11 +27,11 @@ _MARGIN_PX = 20
 
 
 class _Stub(nn.Module):
-    """Costs next to nothing, and calls bright pixels the object."""
+    """Calls bright pixels the object."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        bright = inputs[:, 1:2, 2::4, 2::4].float() / 58 - 2
-        return torch.cat((-bright, bright), dim=1)
+        bright = inputs[:, 1:2, 16::32, 16::32].float() / 58 - 2
+        return F.interpolate(torch.cat((-bright, bright), dim=1), (128, 128))
 
 
 def _scene(rng: np.random.Generator) -> bytes:
