@@ -11,6 +11,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
+model = dict(backbone=dict(init_cfg=None))
 load_from = 'work_dirs/cascade_rpn_swinl/epoch_12.pth'
 
 max_epochs = 6

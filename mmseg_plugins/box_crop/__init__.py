@@ -9,6 +9,7 @@ Deviations:
 * instances are cut out of COCO-style JSON while training, not exported as mask files beforehand;
 * the box jitter, whose code was not released, moves each side on its own
   (:class:`BoxCropFromMask`);
+* the released pipelines also shift the gamma (``RandomGamma``), which the paper does not name;
 * inference resamples the network's logits to the crop in one step instead of two (to 512x512, then
   to the crop), and adds the logits of the flipped crop instead of its probabilities: for two
   classes both sums have the same sign.

@@ -8,13 +8,14 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from mmseg.registry import DATASETS
 
-from mmdet_plugins.ops.coco_json import load_coco
+from mmdet_plugins.common.uvo import coco_or_uvo
+from mmdet_plugins.ops.coco_json import read_json
 from mmdet_plugins.ops.rle import area, rle_to_xyxy, segmentation_to_rle
 
 
 @DATASETS.register_module()
 class BoxCropDataset(BaseDataset):
-    """Instances of any class from COCO-style JSON (COCO, UVO, converted Open Images or VOC).
+    """Instances of any class from the JSON of COCO or UVO, or converted from Open Images or VOC.
 
     mmseg's data sets pair an image file with a mask file; this one needs no exported masks.
     Polygons are turned into run-length encodings once, while loading, so that a sample is a few
@@ -94,7 +95,7 @@ class BoxCropDataset(BaseDataset):
 
     def _read(self) -> tuple[dict, list[dict]]:
         with fileio.get_local_path(self.ann_file, backend_args=self.backend_args) as path:
-            content = load_coco(path)
+            content = coco_or_uvo(read_json(path), self.ann_file)
         prefix = self.data_prefix['img_path']
         try:
             images = {

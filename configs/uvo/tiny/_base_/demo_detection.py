@@ -6,6 +6,8 @@ data_root = 'work_dirs/demo/data/'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
+    # Bounds the memory of a batch; the made-up images are smaller.
+    dict(type='RandomCrop', crop_size=(320, 320), allow_negative_crop=True),
     dict(type='RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
     dict(type='PackDetInputs'),
 ]
