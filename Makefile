@@ -20,7 +20,7 @@ env:  ## make the environment (.venv): PyTorch, mmcv with its compiled operators
 	@$(PYTHON) tools/setup_env.py $(ENV)
 
 demo: env  ## train, run and score both stages on a small made-up data set, or DATA=<folder> of yours
-	@python projects/uvo/demo.py $(if $(DATA),--data $(DATA)) $(ARGS)
+	@python projects/uvo/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: env  ## the tests that need neither minutes nor a GPU; ARGS goes to pytest
 	@python -m pytest $(FAST) $(ARGS)

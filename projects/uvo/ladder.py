@@ -15,6 +15,7 @@ from pathlib import Path
 
 from demo import REPO, Stage, data_options, environment, keep_settings, mim, prepare_data, train
 from mmengine.config import Config
+from mmengine.device import get_device
 from two_stage import config_digest
 
 from mmdet_plugins.common.files import atomic_write
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/ladder'))
     parser.add_argument('--jobs', type=int, default=2, help='rows trained at a time')
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default=get_device())
     parser.add_argument('--json', type=Path, default=REPO / 'results/uvo_ladder_tiny.json')
     args = parser.parse_args()
     data = args.out / 'data'
