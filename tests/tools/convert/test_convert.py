@@ -121,3 +121,27 @@ def test_nothing_usable_writes_nothing(run, tmp_path):
     source.write_text(json.dumps(dict(videos=[], annotations=[])))
     assert run('uvo_to_coco', source, '--out', out) == 1
     assert not out.exists()
+
+
+def test_bbbc038(run, tmp_path, capsys):
+    masks = np.zeros((2, 20, 30), np.uint8)
+    masks[0, 2:9, 3:11] = masks[1, 5:18, 15:29] = 255
+    for name in 'abcde':
+        for folder in ('images', 'masks'):
+            (tmp_path / 'raw' / name / folder).mkdir(parents=True)
+        Image.new('RGBA', (30, 20)).save(tmp_path / f'raw/{name}/images/{name}.png')
+        for i, mask in enumerate(masks):
+            Image.fromarray(mask).save(tmp_path / f'raw/{name}/masks/{i}.png')
+    Image.new('L', (5, 5)).save(tmp_path / 'raw/e/masks/1.png')
+    assert run('bbbc038_to_coco', tmp_path / 'raw', tmp_path / 'out') == 0
+    names = {}
+    for split in ('train', 'val'):
+        coco = json.loads((tmp_path / f'out/instances_{split}.json').read_text())
+        names[split] = [image['file_name'] for image in coco['images']]
+        assert all((tmp_path / 'out/images' / name).is_file() for name in names[split])
+        assert np.array_equal(masks_of(coco)[2], masks[1] > 0)
+    assert names == dict(train=['a.png', 'b.png', 'c.png'], val=['d.png'])
+    assert 'a mask is not of the size' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run('bbbc038_to_coco', tmp_path / 'out', tmp_path / 'again')
+    assert 'no folders ID/images' in capsys.readouterr().err
