@@ -9,6 +9,7 @@ bool targets and some numbers for each mask. Sums run in float32 whatever the lo
 they are), and gradients are closed forms; there is none of second order.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 
@@ -91,6 +92,47 @@ def mask_focal_loss(
     """
     _check((logits,), targets, target_idx)
     return _Focal.apply(targets.bool(), target_idx, alpha, 1 - alpha, gamma, logits)
+
+
+def dynamic_mask_logits(features: Tensor, kernels: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mask logits of SOLOv2: each prediction's own kernel over the mask features of its image.
+
+    With 1 x 1 kernels, one product for each image, whose gradients are written where they belong;
+    a slice or an index of the features would have a gradient of the size of the batch instead. With
+    larger ones, which are padded with zeros, a convolution for each image.
+
+    Args:
+        features: ``[N, C, h, w]``.
+        kernels: ``[Q, C * k * k]``, k odd, grouped by image; channels first, then rows, columns.
+        counts: How many kernels each image has.
+
+    Returns:
+        ``[Q, h, w]``, in the type of the autocast, if there is one.
+
+    Raises:
+        ValueError: The kernels do not fit the features, or the counts the kernels.
+    """
+    num, channels = features.shape[:2]
+    size = math.isqrt(kernels.shape[1] // channels)
+    if size % 2 == 0 or channels * size**2 != kernels.shape[1]:
+        raise ValueError(
+            f'kernels {tuple(kernels.shape)} are not [Q, {channels} * k * k] with an odd k'
+        )
+    if len(counts) != num or sum(counts) != len(kernels):
+        raise ValueError(f'counts {list(counts)} for {num} images and {len(kernels)} kernels')
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        features, kernels = features.to(dtype), kernels.to(dtype)
+    if size == 1:
+        return _Dynamic.apply(features, kernels, list(counts))
+    logits = [
+        F.conv2d(image[None], own.view(-1, channels, size, size), padding=size // 2)[0]
+        if len(own)
+        else image[:0]
+        for image, own in zip(features.unbind(), kernels.split(list(counts)), strict=True)
+    ]
+    return torch.cat(logits)
 
 
 def _check(factors: tuple[Tensor, ...], targets: Tensor, target_idx: Tensor) -> None:
@@ -197,3 +239,36 @@ class _Focal(torch.autograd.Function):
             slope = weight * (q + gamma * (1 - q) * F.softplus(wrong)) * scale[rows]
             out[rows] = torch.where(target, -slope, slope)
         return None, None, None, None, None, out
+
+
+class _Dynamic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, kernels: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(features, kernels)
+        ctx.counts = counts
+        logits = features.new_empty(len(kernels), *features.shape[2:])
+        for image, own, out in _each_image(counts, features, kernels, logits):
+            torch.mm(own, image, out=out)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, kernels = ctx.saved_tensors
+        grad_features, grad_kernels = _empty(features), _empty(kernels)
+        for (image, own, part), (to_image, to_own, _) in zip(
+            _each_image(ctx.counts, features, kernels, grad),
+            _each_image(ctx.counts, grad_features, grad_kernels, grad),
+            strict=True,
+        ):
+            torch.mm(own.t(), part, out=to_image)
+            torch.mm(part, image.t(), out=to_own)
+        return grad_features, grad_kernels, None
+
+
+def _each_image(
+    counts: list[int], features: Tensor, kernels: Tensor, logits: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features ``[C, h * w]``, kernels ``[q, C]`` and logits ``[q, h * w]`` of each image."""
+    logits = logits.flatten(1).split(counts)
+    return zip(features.flatten(2), kernels.split(counts), logits, strict=True)
