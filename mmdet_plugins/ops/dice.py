@@ -129,7 +129,7 @@ def dynamic_mask_logits(features: Tensor, kernels: Tensor, counts: Sequence[int]
     logits = [
         F.conv2d(image[None], own.view(-1, channels, size, size), padding=size // 2)[0]
         if len(own)
-        else image[:0]
+        else image[:0] * own.sum()  # nothing, but with gradients
         for image, own in zip(features.unbind(), kernels.split(list(counts)), strict=True)
     ]
     return torch.cat(logits)
