@@ -279,6 +279,8 @@ def test_bad_sizes_are_refused():
         mask_dice_loss(logits, targets[:, :5], index)
     with pytest.raises(ValueError, match=r'target_idx \[13\]'):
         mask_bce_loss(logits, targets, index[:4])
+    with pytest.raises(ValueError, match='bool or uint8, got torch.float32'):
+        mask_focal_loss(logits, targets.float(), index)
     with pytest.raises(ValueError, match=r'must be \[Q, h, w\]'):
         mask_dice_loss((logits, logits[:4]), targets, index)
     features = torch.zeros(2, 4, 6, 9)
