@@ -24,6 +24,7 @@ from .rle import RLE, decode_rle
 METHODS = ('matrix', 'hard', 'soft', 'fast')
 _BLOCK = 128  # masks multiplied at a time on the CPU
 _BLOCK_DEVICE = 1024
+_FEW = 400  # pairs, up to which counting bits is faster on the CPU than multiplying bytes
 
 
 class PackedMasks(NamedTuple):
@@ -57,14 +58,14 @@ class NMSResult(NamedTuple):
 
 
 def pack_masks(masks: Tensor) -> PackedMasks:
-    """Pack bool ``[N, H, W]`` on its device."""
-    flat = masks.flatten(1)
+    """Pack ``[N, H, W]``, bool or bytes 0 and 1, on its device."""
+    flat = masks.flatten(1).view(torch.uint8)
     if flat.device.type == 'cpu':
         bits = torch.from_numpy(np.packbits(flat.numpy(), axis=1, bitorder='little'))
     else:
-        flat = F.pad(flat.view(torch.uint8), (0, -flat.shape[1] % 8))
+        flat = F.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
         places = torch.arange(8, dtype=torch.uint8, device=flat.device)
-        bits = (flat.unflatten(1, (-1, 8)) << places).sum(2, dtype=torch.uint8)
+        bits = (flat << places).sum(2, dtype=torch.uint8)
     return PackedMasks(bits, tuple(masks.shape[1:]))
 
 
@@ -96,7 +97,7 @@ def mask_nms(
     suppresses no other.
 
     ``'hard'`` removes a mask whose IoU with a kept one of a higher score exceeds ``iou_thr``;
-    ``'fast'`` (YOLACT, section 4.1) one whose IoU with any of a higher score does. ``'soft'``
+    ``'fast'`` (YOLACT, section 5) one whose IoU with any of a higher score does. ``'soft'``
     (Bodla et al., 2017) takes the best mask again and again and multiplies the scores of the others
     by ``f(iou)``, by the linear kernel only where the IoU reaches ``iou_thr``.
 
@@ -230,6 +231,11 @@ def mask_intersections(
     others, other_labels = (masks, labels) if mirrored else (_Source(others), other_labels)
     inter = torch.zeros(len(masks), len(others), device=masks.device)
     for members, other_members in _groups(masks, labels, others, other_labels):
+        if masks.device.type == 'cpu' and len(members) * len(other_members) <= _FEW:
+            words = masks.words[members.numpy()]
+            common = _count_common(words, others.words[other_members.numpy()])
+            inter[members[:, None], other_members] = common
+            continue
         bands = list(_bands(masks, members))
         other_bands = bands if mirrored else list(_bands(others, other_members))
         for i, a in enumerate(bands):
@@ -283,6 +289,15 @@ class _Source:
         return cut.view(torch.int8)
 
 
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        """The bits of all masks, uint64 ``[N, K]``."""
+        bits = (self.store if self.packed else pack_masks(self.store).bits).numpy()
+        if pad := -bits.shape[1] % 8:
+            bits = np.pad(bits, ((0, 0), (0, pad)))
+        return bits.view(np.uint64)
+
+
 @dataclass
 class _Band:
     """Some masks, cut to the rows from ``top`` to before ``bottom``."""
@@ -333,6 +348,11 @@ def _row_spans(pixels: Tensor) -> np.ndarray:
     """First row of each mask, and the row behind its last one, ``[n, 2]``."""
     boxes = np.array([cv2.boundingRect(mask) for mask in pixels.numpy().view(np.uint8)])
     return np.stack([boxes[:, 1], boxes[:, 1] + boxes[:, 3]], axis=1)
+
+
+def _count_common(words: np.ndarray, others: np.ndarray) -> Tensor:
+    rows = [np.bitwise_count(row & others).sum(1, dtype=np.int64) for row in words]
+    return torch.from_numpy(np.stack(rows)).float()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
