@@ -17,6 +17,7 @@ from mmengine.model import BaseModule, ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmdet_plugins.common.deform import AnyDeviceDeformConv2d
 from mmdet_plugins.ops.cascade_geometry import (
     adaptive_offsets,
     decode_deltas,
@@ -25,7 +26,6 @@ from mmdet_plugins.ops.cascade_geometry import (
 )
 
 from .assigner import IGNORED, assign_slots
-from .deform import AnyDeviceDeformConv2d
 from .losses import box_losses, gather_targets, objectness_loss
 from .postprocess import select_proposals
 
@@ -132,17 +132,19 @@ class UVOCascadeStage(BaseModule):
         self.relu = nn.ReLU(inplace=True)
         dcn_index = {None: -1, 'first': 0, 'last': num_tower_convs - 1}[dcn_tower]
 
-        def tower() -> nn.ModuleList:
-            return nn.ModuleList(
-                ConvModule(
-                    feat_channels,
-                    feat_channels,
-                    3,
-                    padding=1,
-                    conv_cfg=dict(type='UVODCNv2') if i == dcn_index else None,
-                    norm_cfg=norm_cfg,
+        def tower() -> nn.Sequential:
+            return nn.Sequential(
+                *(
+                    ConvModule(
+                        feat_channels,
+                        feat_channels,
+                        3,
+                        padding=1,
+                        conv_cfg=dict(type='AnyDeviceDCNv2') if i == dcn_index else None,
+                        norm_cfg=norm_cfg,
+                    )
+                    for i in range(num_tower_convs)
                 )
-                for i in range(num_tower_convs)
             )
 
         self.reg_convs = tower()
@@ -176,15 +178,15 @@ class UVOCascadeStage(BaseModule):
             if offset is None:
                 adapted = self.rpn_conv.conv(feat)
             else:
-                adapted = _in_weight_precision(self.rpn_conv.conv, feat, offset)
+                adapted = self.rpn_conv.conv(feat, offset)
             adapted = self.relu(adapted)
             bridged.append(adapted if self.bridged_feature else feat)
-            reg_feat = _through_tower(self.reg_convs, adapted)
+            reg_feat = self.reg_convs(adapted)
             deltas.append(scale(self.rpn_reg(reg_feat)))
             if self.with_iou:
                 iou_logits.append(self.rpn_iou(reg_feat))
             if self.with_cls:
-                cls_logits.append(self.rpn_cls(_through_tower(self.cls_convs, adapted)))
+                cls_logits.append(self.rpn_cls(self.cls_convs(adapted)))
         return bridged, StageOutput(
             anchors,
             _flatten_levels(deltas),
@@ -485,16 +487,3 @@ def _to_device(rows: list, like: Tensor) -> Tensor:
 def _flatten_levels(maps: list[Tensor]) -> Tensor:
     """L maps [N, C, h, w] -> [N, P, C] in float32."""
     return torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2).float()
-
-
-def _in_weight_precision(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Run without autocast: mmcv's deformable convolutions do not know bf16."""
-    dtype = next(module.parameters()).dtype
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return module(*(x.to(dtype) for x in inputs))
-
-
-def _through_tower(tower: nn.ModuleList, x: Tensor) -> Tensor:
-    for layer in tower:
-        x = layer(x) if type(layer.conv) is nn.Conv2d else _in_weight_precision(layer, x)
-    return x

@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/box_crop_upernet_swinl.py',
     './_base_/demo_crops.py',
-    './_base_/demo_schedule.py',
+    '../../_base_/tiny/demo_schedule.py',
     '../../_base_/mmseg_runtime.py',
 ]
 crop_size = {{_base_.crop_size}}

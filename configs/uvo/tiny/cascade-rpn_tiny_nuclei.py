@@ -6,8 +6,8 @@ nothing frozen. Heads are narrow so that an iteration costs about what one of th
 
 _base_ = [
     '../_base_/cascade_rpn_r50_fpn.py',
-    './_base_/nuclei_detection.py',
-    './_base_/demo_schedule.py',
+    '../../_base_/tiny/nuclei_detection.py',
+    '../../_base_/tiny/demo_schedule.py',
     'mmdet::_base_/default_runtime.py',
 ]
 

@@ -2,8 +2,8 @@
 
 _base_ = [
     '../_base_/rpn_r50_fpn.py',
-    './_base_/demo_detection.py',
-    './_base_/demo_schedule.py',
+    '../../_base_/tiny/demo_detection.py',
+    '../../_base_/tiny/demo_schedule.py',
     'mmdet::_base_/default_runtime.py',
 ]
 

@@ -5,8 +5,8 @@ Stock but for the anchors, which are half as large as usual, as the other side's
 
 _base_ = [
     '../_base_/rpn_r50_fpn.py',
-    './_base_/nuclei_detection.py',
-    './_base_/demo_schedule.py',
+    '../../_base_/tiny/nuclei_detection.py',
+    '../../_base_/tiny/demo_schedule.py',
     'mmdet::_base_/default_runtime.py',
 ]
 

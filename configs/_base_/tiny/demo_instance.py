@@ -1,0 +1,14 @@
+"""Class-agnostic masks of a small set: one folder with images/ and instances_{train,val}.json."""
+
+_base_ = './demo_detection.py'
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
+    dict(type='PackDetInputs'),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+
+val_evaluator = dict(metric=['bbox', 'segm'])
+test_evaluator = val_evaluator

@@ -1,0 +1,64 @@
+"""mmcv's deformable convolutions, trainable on the CPU and safe under any autocast.
+
+Parameters, their names and the values are mmcv's; on CUDA its kernels are used. They know no bf16,
+so everything runs in the precision of the weights.
+"""
+
+import torch
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2dPack
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ..ops.deform_conv import deform_conv2d
+
+
+def _is_plain(module: DeformConv2d | ModulatedDeformConv2dPack) -> bool:
+    pairs = (module.stride, module.padding, module.dilation)
+    square = all(first == second for first, second in pairs)
+    return square and module.groups == module.deform_groups == 1
+
+
+class AnyDeviceDeformConv2d(DeformConv2d):
+    """``DeformConv2d`` that trains on the CPU as well; layers with groups stay mmcv's."""
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """``x`` [N, C, H, W], ``offset`` [N, 2*K, h, w] -> [N, O, h, w]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, offset = x.to(self.weight.dtype), offset.to(self.weight.dtype)
+            if x.is_cuda or not _is_plain(self):
+                return super().forward(x, offset)
+            return deform_conv2d(
+                x,
+                offset,
+                self.weight,
+                None,
+                None,
+                self.stride[0],
+                self.padding[0],
+                self.dilation[0],
+            )
+
+
+@MODELS.register_module()
+class AnyDeviceDCNv2(ModulatedDeformConv2dPack):
+    """``DCNv2`` that trains on the CPU as well; layers with groups stay mmcv's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, O, h, w]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            if x.is_cuda or not _is_plain(self):
+                return super().forward(x)
+            dy_dx, mask = self.conv_offset(x).split(
+                [2 * self.weight[0, 0].numel(), self.weight[0, 0].numel()], 1
+            )
+            return deform_conv2d(
+                x,
+                dy_dx,
+                self.weight,
+                self.bias,
+                torch.sigmoid(mask),
+                self.stride[0],
+                self.padding[0],
+                self.dilation[0],
+            )

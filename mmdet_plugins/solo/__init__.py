@@ -1,0 +1,30 @@
+"""SOLO, Decoupled SOLO and SOLOv2: instance segmentation without boxes, by location.
+
+Papers: Wang et al., "SOLO: Segmenting Objects by Locations", ECCV 2020 and TPAMI 2021; "SOLOv2:
+Dynamic and Fast Instance Segmentation", NeurIPS 2020; both as chapters 3 and 4 of Wang's thesis,
+whose equations, sections and tables the docstrings cite. Reference code: WXinlong/SOLO, for
+non-commercial use: settings and behaviour are taken from it, its code is not.
+
+mmdet ships the same three methods. Parameters here carry the same names, so that its checkpoints
+load, and losses and detections agree with it. What differs: targets are formed where the masks are,
+once an object; only positive and candidate cells get a mask; masks leave as run lengths, with their
+boxes; kernels may be 3x3; every ablation of the thesis is an option. Matrix NMS multiplies by sigma
+where the thesis divides, as all released code does. The detector around the heads is mmdet's.
+"""
+
+from .head import SOLODecoupledHead, SOLODynamicHead, SOLOVanillaHead
+from .losses import SOLODiceLoss, SOLOMaskBCELoss, SOLOMaskFocalLoss
+from .network import SOLOMergeNeck, SOLOSeparateMaskFeatures
+from .postprocess import SOLOPostProcessor
+
+__all__ = [
+    'SOLODecoupledHead',
+    'SOLODiceLoss',
+    'SOLODynamicHead',
+    'SOLOMaskBCELoss',
+    'SOLOMaskFocalLoss',
+    'SOLOMergeNeck',
+    'SOLOPostProcessor',
+    'SOLOSeparateMaskFeatures',
+    'SOLOVanillaHead',
+]

@@ -1,0 +1,352 @@
+"""Heads of SOLO, Decoupled SOLO and SOLOv2: a network, wired to targets, losses, post-processing.
+
+The three differ in how a grid cell's mask comes about, and in nothing else: by a static kernel on
+its level's features, as a product of a row and a column map, by a dynamic kernel on features of all
+levels. A head never forms the masks of all cells, only those that are asked for.
+
+Shapes: N images, L levels, S cells a side of a level's grid, P cells of all levels (level by level,
+row by row), K classes, Q positive or candidate cells, G objects of the batch, ``h w`` a mask map.
+"""
+
+from collections.abc import Sequence
+from functools import partial, reduce
+from operator import mul
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmdet.models.utils import unpack_gt_instances
+from mmdet.registry import MODELS, TASK_UTILS
+from mmdet.structures.mask import BitmapMasks
+from mmengine.model import BaseModule
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdet_plugins.common.dynamic_mask_head import (
+    DynamicMaskHead,
+    UnifiedMaskFeatures,
+    dynamic_conv,
+)
+from mmdet_plugins.common.finite import require_finite
+from mmdet_plugins.ops.grid_targets import GridTargets, grid_targets
+
+from .network import DecoupledNetwork, VanillaNetwork, upsample
+
+
+class PositiveMasks(NamedTuple):
+    """Predictions that share one tensor of mask targets."""
+
+    factors: tuple[Tensor, ...]
+    """Logits [Q, h, w]; a mask is the product of the sigmoids of its factors."""
+    targets: Tensor
+    """Bool [G, h, w]."""
+    object_idx: Tensor
+    """[Q], the target of each prediction."""
+
+
+class LocationHead(BaseModule):
+    """What the heads share: from a batch to losses, and from features to instances.
+
+    mmdet's heads build a mask for every cell, move each ground truth to the host and back several
+    times, and give no boxes.
+
+    Args:
+        num_classes: K.
+        scale_ranges: Of the square root of an object's box area, px, one a level.
+        center_ratio: Sides of the region of positive cells, in sides of the box (epsilon).
+        loss_cls: Config of a loss on category logits, as mmdet's.
+        loss_mask: Config of a mask loss of this room.
+        train_cfg: Not used; the detector gives it.
+        test_cfg: Arguments of the post-processor, :class:`SOLOPostProcessor` if it names none.
+        **network: For the network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        scale_ranges: Sequence[tuple[float, float]],
+        loss_cls: dict,
+        loss_mask: dict,
+        center_ratio: float = 0.2,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
+        **network,
+    ) -> None:
+        super().__init__(num_classes=num_classes, **network)
+        if not len(self.num_grids) == len(self.strides) == len(scale_ranges):
+            raise ValueError(
+                f'num_grids, strides and scale_ranges must name the same levels, but there are '
+                f'{len(self.num_grids)}, {len(self.strides)} and {len(scale_ranges)} of them'
+            )
+        self.num_classes = num_classes
+        self.scale_ranges = tuple(map(tuple, scale_ranges))
+        self.center_ratio = center_ratio
+        self.loss_cls = MODELS.build(loss_cls)
+        self.loss_mask = MODELS.build(loss_mask)
+        self.test_cfg = test_cfg
+        if test_cfg is not None:
+            self.postprocess = TASK_UTILS.build({'type': 'SOLOPostProcessor', **test_cfg})
+
+    def mask_sizes(self, outputs: tuple) -> list[tuple[int, int]]:
+        """Size (h, w) of the masks of each level."""
+        raise NotImplementedError
+
+    def mask_strides(self) -> list[int]:
+        """Pixels of the input to one of a mask, for each level."""
+        return [stride // 2 for stride in self.strides]
+
+    def positive_masks(self, outputs: tuple, targets: GridTargets) -> list[PositiveMasks]:
+        """Predictions that are trained, in groups."""
+        raise NotImplementedError
+
+    def candidate_masks(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+        """Mask probabilities [Q, h, w] of cells ([Q], in P) of an image, at the finest size."""
+        raise NotImplementedError
+
+    def loss(
+        self, x: Sequence[Tensor], batch_data_samples: list, positive_infos: None = None
+    ) -> dict[str, Tensor]:
+        """Losses ``loss_mask`` and ``loss_cls``.
+
+        Args:
+            x: The pyramid, L maps [N, C, h, w].
+            batch_data_samples: With ``bboxes``, ``labels`` and ``masks`` in ``gt_instances``.
+            positive_infos: What mmdet's detector passes; None.
+
+        Raises:
+            FloatingPointError: A loss is not finite.
+        """
+        gt_instances, _, img_metas = unpack_gt_instances(batch_data_samples)
+        outputs = self(x)
+        with torch.autocast(x[0].device.type, enabled=False):
+            losses = self.loss_by_feat(_widen(outputs), gt_instances)
+        require_finite(losses, img_metas)
+        return losses
+
+    def loss_by_feat(
+        self, outputs: tuple, batch_gt_instances: list[InstanceData]
+    ) -> dict[str, Tensor]:
+        """Losses from the network's outputs (equation 3.1)."""
+        cls_logits = flatten_grids(outputs[0])
+        targets = self.get_targets(outputs, batch_gt_instances)
+        num_pos = targets.num_positives
+        total = sum(self.loss_mask(*group).sum() for group in self.positive_masks(outputs, targets))
+        return dict(
+            loss_mask=total / num_pos.clamp(min=1),
+            loss_cls=self.loss_cls(
+                cls_logits.flatten(0, 1), targets.labels.flatten(), avg_factor=num_pos + 1
+            ),
+        )
+
+    def get_targets(self, outputs: tuple, batch_gt_instances: list[InstanceData]) -> GridTargets:
+        """Which cells are positive, and what their masks should be."""
+        device = outputs[0][0].device
+        return grid_targets(
+            [_mask_array(gts.masks) for gts in batch_gt_instances],
+            [gts.bboxes.to(device) for gts in batch_gt_instances],
+            [gts.labels.to(device) for gts in batch_gt_instances],
+            grid_sizes=self.num_grids,
+            scale_ranges=self.scale_ranges,
+            mask_strides=self.mask_strides(),
+            mask_hw=self.mask_sizes(outputs),
+            num_classes=self.num_classes,
+            centre_ratio=self.center_ratio,
+        )
+
+    def predict(
+        self,
+        x: Sequence[Tensor],
+        batch_data_samples: list,
+        rescale: bool = False,
+        results_list: None = None,
+    ) -> list[InstanceData]:
+        """Instances of each image, in pixels of the original images if ``rescale``."""
+        outputs = self(x)
+        with torch.autocast(x[0].device.type, enabled=False):
+            return self.predict_by_feat(
+                _widen(outputs), [sample.metainfo for sample in batch_data_samples], rescale
+            )
+
+    def predict_by_feat(
+        self, outputs: tuple, batch_img_metas: list[dict], rescale: bool = False
+    ) -> list[InstanceData]:
+        """Instances from the network's outputs."""
+        strides = torch.cat(
+            [
+                grid.new_full((size**2,), stride)
+                for grid, size, stride in zip(outputs[0], self.num_grids, self.strides, strict=True)
+            ]
+        )
+        return [
+            self.postprocess(
+                [grid[image] for grid in outputs[0]],
+                partial(self.candidate_masks, outputs, image),
+                strides,
+                self.mask_strides()[0],
+                meta['img_shape'][:2],
+                meta['ori_shape'][:2] if rescale else meta['img_shape'][:2],
+            )
+            for image, meta in enumerate(batch_img_metas)
+        ]
+
+    def cell_levels(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Level of each cell in P and its place in the level's grid, both [Q]."""
+        ends = torch.tensor([size**2 for size in self.num_grids], device=cells.device).cumsum(0)
+        level = torch.bucketize(cells, ends, right=True)
+        return level, cells - torch.cat([ends.new_zeros(1), ends])[level]
+
+
+class LevelMaskHead(LocationHead):
+    """A head whose levels have mask maps of their own, at half the levels' strides."""
+
+    def level_factors(
+        self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
+    ) -> tuple[Tensor, ...]:
+        """Factors [Q, h, w] of the masks of cells ([Q], in S*S) of a level, ordered by image.
+
+        Args:
+            images: [Q].
+            counts: How many of the cells each image has.
+        """
+        raise NotImplementedError
+
+    def positive_masks(self, outputs: tuple, targets: GridTargets) -> list[PositiveMasks]:
+        positives, counts = targets.by_level()
+        sizes = [size**2 for size in self.num_grids]
+        owned = (targets.owner >= 0).split(sizes, dim=1)
+        image_counts = torch.stack([level.sum(1) for level in owned]).tolist()
+        _, cells = self.cell_levels(positives.cell_idx)
+        parts = (part.split(counts) for part in (positives.image_idx, cells, positives.object_idx))
+        return [
+            PositiveMasks(
+                self.level_factors(outputs, level, images, level_cells, image_counts[level]),
+                targets.masks[level],
+                objects,
+            )
+            for level, (images, level_cells, objects) in enumerate(zip(*parts, strict=True))
+        ]
+
+    def candidate_masks(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+        levels, places = self.cell_levels(cells)
+        size = self.mask_sizes(outputs)[0]
+        masks = outputs[0][0].new_empty(len(cells), *size)
+        one = tuple([maps[image : image + 1] for maps in part] for part in outputs)
+        for level in range(len(self.num_grids)):
+            mine = (levels == level).nonzero()[:, 0]
+            if len(mine) > 0:
+                masks[mine] = reduce(
+                    mul,
+                    (
+                        F.interpolate(factor.sigmoid()[None], size=size, mode='bilinear')[0]
+                        for factor in self.level_factors(
+                            one, level, torch.zeros_like(mine), places[mine], [len(mine)]
+                        )
+                    ),
+                )
+        return masks
+
+
+@MODELS.register_module()
+class SOLOVanillaHead(LevelMaskHead, VanillaNetwork):
+    """SOLO (sections 3.2 and 3.3): arguments are those of its two bases."""
+
+    def mask_sizes(self, outputs: tuple) -> list[tuple[int, int]]:
+        return [(2 * feat.shape[-2], 2 * feat.shape[-1]) for feat in outputs[1]]
+
+    def level_factors(
+        self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
+    ) -> tuple[Tensor, ...]:
+        feats, conv = outputs[1][level], self.conv_mask_list[level]
+        weight = conv.weight.to(feats.dtype).flatten(1)[cells].split(counts)
+        logits = [w @ feat.flatten(1) for w, feat in zip(weight, feats, strict=True)]
+        logits = torch.cat(logits) + conv.bias[cells, None]
+        # The 1x1 convolution commutes with the doubling that precedes it in the paper.
+        return (upsample(logits.view(-1, 1, *feats.shape[-2:]))[:, 0],)
+
+
+@MODELS.register_module()
+class SOLODecoupledHead(LevelMaskHead, DecoupledNetwork):
+    """Decoupled SOLO (section 3.4): arguments are those of its two bases."""
+
+    def mask_sizes(self, outputs: tuple) -> list[tuple[int, int]]:
+        return [tuple(columns.shape[-2:]) for columns in outputs[1]]
+
+    def level_factors(
+        self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
+    ) -> tuple[Tensor, ...]:
+        _, columns, rows = outputs
+        size = self.num_grids[level]
+        return columns[level][images, cells % size], rows[level][images, cells // size]
+
+
+@MODELS.register_module()
+class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
+    """SOLOv2 (section 4.2): arguments are those of its two bases."""
+
+    @property
+    def unified(self) -> bool:
+        """Whether all levels share one map of mask features."""
+        return isinstance(self.mask_feature_head, UnifiedMaskFeatures)
+
+    def mask_strides(self) -> list[int]:
+        return [self.in_strides[0]] * len(self.strides) if self.unified else super().mask_strides()
+
+    def mask_sizes(self, outputs: tuple) -> list[tuple[int, int]]:
+        sizes = [tuple(feat.shape[-2:]) for feat in outputs[2]]
+        return sizes * len(self.strides) if self.unified else sizes
+
+    def positive_masks(self, outputs: tuple, targets: GridTargets) -> list[PositiveMasks]:
+        if not self.unified:
+            return super().positive_masks(outputs, targets)
+        positives, counts = targets.by_image()
+        kernels = flatten_grids(outputs[1])[positives.image_idx, positives.cell_idx]
+        return [
+            PositiveMasks(
+                (dynamic_conv(feats, image_kernels, self.kernel_size),),
+                targets.masks[0],
+                objects,
+            )
+            for feats, image_kernels, objects in zip(
+                outputs[2][0],
+                kernels.split(counts),
+                positives.object_idx.split(counts),
+                strict=True,
+            )
+        ]
+
+    def candidate_masks(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+        if not self.unified:
+            return super().candidate_masks(outputs, image, cells)
+        kernels = torch.cat([grid[image].flatten(1) for grid in outputs[1]], 1).T[cells]
+        return dynamic_conv(outputs[2][0][image], kernels, self.kernel_size).sigmoid()
+
+    def level_factors(
+        self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
+    ) -> tuple[Tensor, ...]:
+        kernels = outputs[1][level].flatten(2)[images, :, cells].split(counts)
+        logits = [
+            dynamic_conv(feats, image_kernels, self.kernel_size)
+            for feats, image_kernels in zip(outputs[2][level], kernels, strict=True)
+        ]
+        return (torch.cat(logits),)
+
+
+def flatten_grids(grids: list[Tensor]) -> Tensor:
+    """L maps [N, C, S, S] -> [N, P, C]."""
+    return torch.cat([grid.flatten(2) for grid in grids], 2).transpose(1, 2)
+
+
+def _widen(outputs: tuple) -> tuple:
+    """In float32 at least."""
+    return tuple(
+        [maps.to(torch.promote_types(maps.dtype, torch.float32)) for maps in part]
+        for part in outputs
+    )
+
+
+def _mask_array(masks) -> Tensor | np.ndarray:
+    """[G, H, W] of mmdet's bitmaps or polygons, or of a tensor."""
+    if isinstance(masks, BitmapMasks):
+        return masks.masks
+    return masks if isinstance(masks, Tensor) else masks.to_ndarray()

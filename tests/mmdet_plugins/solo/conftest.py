@@ -1,0 +1,164 @@
+"""Small heads, mmdet's beside ours, with the same weights; scenes of objects on non-square images."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData
+
+import mmdet_plugins.solo  # noqa: F401
+
+IN_STRIDES = (4, 8, 16, 32, 64)
+SCALE_RANGES = ((1, 24), (12, 48), (24, 96), (48, 192), (96, 512))
+NUM_GRIDS = (12, 9, 6, 5, 3)
+CHANNELS = 8
+COMMON = dict(
+    num_classes=3,
+    in_channels=CHANNELS,
+    feat_channels=CHANNELS,
+    strides=(8, 8, 16, 32, 32),
+    scale_ranges=SCALE_RANGES,
+    num_grids=NUM_GRIDS,
+    norm_cfg=dict(type='GN', num_groups=2),
+    loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
+)
+TEST_CFG = dict(
+    nms_pre=60,
+    score_thr=0.1,
+    mask_thr=0.5,
+    filter_thr=0.05,
+    kernel='gaussian',
+    sigma=2.0,
+    max_per_img=20,
+)
+FEATURES = dict(out_channels=6, norm_cfg=dict(type='GN', num_groups=2))
+# Ours, mmdet's, and what each needs beyond COMMON.
+HEADS = dict(
+    vanilla=('SOLOVanillaHead', 'SOLOHead', dict(stacked_convs=2), dict(stacked_convs=2)),
+    decoupled=(
+        'SOLODecoupledHead',
+        'DecoupledSOLOHead',
+        dict(stacked_convs=2),
+        dict(stacked_convs=2),
+    ),
+    light=(
+        'SOLODecoupledHead',
+        'DecoupledSOLOLightHead',
+        dict(stacked_convs=2, shared_tower=True),
+        dict(stacked_convs=2),
+    ),
+    dynamic=(
+        'SOLODynamicHead',
+        'SOLOV2Head',
+        dict(
+            stacked_convs=2,
+            mask_features=dict(type='UnifiedMaskFeatures', feat_channels=4, **FEATURES),
+        ),
+        dict(
+            stacked_convs=2,
+            mask_feature_head=dict(
+                feat_channels=4, start_level=0, end_level=3, mask_stride=4, **FEATURES
+            ),
+        ),
+    ),
+)
+
+
+def build_ours(kind: str = 'dynamic', seed: int = 0, test_cfg: dict | None = None, **overrides):
+    name, _, ours, _ = HEADS[kind]
+    cfg = dict(
+        COMMON,
+        type=name,
+        in_strides=IN_STRIDES,
+        loss_mask=dict(type='SOLODiceLoss'),
+        test_cfg={**TEST_CFG, **(test_cfg or {})},
+        **{**ours, **overrides},
+    )
+    torch.manual_seed(seed)
+    return MODELS.build(copy.deepcopy(cfg))
+
+
+def build_stock(kind: str, **overrides):
+    _, name, _, stock = HEADS[kind]
+    activate = {'activate': False} if kind in ('decoupled', 'light') else {}
+    cfg = dict(
+        COMMON,
+        type=name,
+        loss_mask=dict(type='DiceLoss', use_sigmoid=True, loss_weight=3.0, **activate),
+        test_cfg=TEST_CFG,
+        **{**stock, **overrides},
+    )
+    return MODELS.build(ConfigDict(copy.deepcopy(cfg)))
+
+
+def build_pair(kind: str, seed: int = 0, spread: float = 0.0):
+    """Both heads with the same weights; ``spread`` is the scale of noise that livens them up."""
+    ours, stock = build_ours(kind, seed), build_stock(kind)
+    if spread:
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter += spread * torch.randn_like(parameter)
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    return ours, stock
+
+
+def pyramid(hw: tuple[int, int], images: int = 2, seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return [
+        torch.randn(images, CHANNELS, hw[0] // stride, hw[1] // stride) for stride in IN_STRIDES
+    ]
+
+
+def ellipses(rng: np.random.Generator, hw: tuple[int, int], count: int) -> np.ndarray:
+    """Masks [count, H, W] of ellipses of all sizes, some cut off by the border."""
+    y, x = np.mgrid[: hw[0], : hw[1]]
+    masks = np.zeros((count, *hw), np.uint8)
+    for mask in masks:
+        cx, cy = rng.uniform(0, hw[1]), rng.uniform(0, hw[0])
+        rx, ry = np.exp(rng.uniform(np.log(2), np.log(min(hw) / 2), 2))
+        mask[((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1] = 1
+    return masks
+
+
+def sample(masks: np.ndarray, hw: tuple[int, int], pad_hw: tuple[int, int], num_classes: int = 3):
+    """A data sample of ``masks``, in an image of size ``hw`` in a batch of size ``pad_hw``."""
+    boxes = [
+        [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else [0, 0, 0, 0]
+        for ys, xs in (np.nonzero(mask) for mask in masks)
+    ]
+    gts = InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.arange(len(masks)) % num_classes,
+        masks=BitmapMasks(list(masks), *hw),
+    )
+    data_sample = DetDataSample(gt_instances=gts)
+    data_sample.set_metainfo(
+        dict(
+            img_id=7,
+            img_shape=hw,
+            ori_shape=(hw[0] * 2 - 3, hw[1] * 2 + 1),
+            batch_input_shape=pad_hw,
+            pad_shape=pad_hw,
+            scale_factor=(0.5, 0.5),
+        )
+    )
+    return data_sample
+
+
+PAD_HW = (128, 192)
+
+
+@pytest.fixture(params=['random', 'crowded'])
+def samples(request):
+    """Two images of different size; 5 + 9 objects, or 60 small and large ones in each."""
+    rng = np.random.default_rng(3)
+    counts = (5, 9) if request.param == 'random' else (60, 60)
+    return [
+        sample(ellipses(rng, hw, count), hw, PAD_HW)
+        for hw, count in zip(((128, 160), (101, 192)), counts, strict=True)
+    ]
