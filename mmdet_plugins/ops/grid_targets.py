@@ -280,7 +280,7 @@ def _words(masks: Tensor, align: int) -> Iterator[Tensor]:
     for part in masks.view(torch.uint8).split(max(1, budget // max(1, height * width))):
         if any(padding):
             part = F.pad(part, padding)
-        elif not part.is_contiguous() or part.storage_offset() % 8:
+        elif not part.is_contiguous() or part.stride(-1) != 1 or part.storage_offset() % 8:
             part = part.clone(memory_format=torch.contiguous_format)
         yield part.view(torch.int64)
 

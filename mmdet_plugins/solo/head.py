@@ -85,7 +85,7 @@ class LocationHead(BaseModule):
         self.loss_cls = MODELS.build(loss_cls)
         self.loss_mask = MODELS.build(loss_mask)
         self.test_cfg = test_cfg
-        if test_cfg is not None:
+        if test_cfg is not None and 0:
             self.postprocess = TASK_UTILS.build({'type': 'SOLOPostProcessor', **test_cfg})
 
     def mask_sizes(self, outputs: tuple) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
-"""Small heads, mmdet's beside ours, with the same weights; scenes of objects on non-square images."""
+"""Small heads, mmdet's beside ours, with the same weights; objects on non-square images."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mmengine.structures import InstanceData
 
 import mmdet_plugins.solo  # noqa: F401
 
+PAD_HW = (128, 192)
 IN_STRIDES = (4, 8, 16, 32, 64)
 SCALE_RANGES = ((1, 24), (12, 48), (24, 96), (48, 192), (96, 512))
 NUM_GRIDS = (12, 9, 6, 5, 3)
@@ -107,15 +109,16 @@ def build_pair(kind: str, seed: int = 0, spread: float = 0.0):
     return ours, stock
 
 
-def pyramid(hw: tuple[int, int], images: int = 2, seed: int = 0) -> list[torch.Tensor]:
+def pyramid(hw: tuple[int, int] = PAD_HW, images: int = 2, seed: int = 0) -> list[torch.Tensor]:
     torch.manual_seed(seed)
     return [
         torch.randn(images, CHANNELS, hw[0] // stride, hw[1] // stride) for stride in IN_STRIDES
     ]
 
 
-def ellipses(rng: np.random.Generator, hw: tuple[int, int], count: int) -> np.ndarray:
+def ellipses(hw: tuple[int, int], count: int, seed: int = 0) -> np.ndarray:
     """Masks [count, H, W] of ellipses of all sizes, some cut off by the border."""
+    rng = np.random.default_rng(seed)
     y, x = np.mgrid[: hw[0], : hw[1]]
     masks = np.zeros((count, *hw), np.uint8)
     for mask in masks:
@@ -125,8 +128,8 @@ def ellipses(rng: np.random.Generator, hw: tuple[int, int], count: int) -> np.nd
     return masks
 
 
-def sample(masks: np.ndarray, hw: tuple[int, int], pad_hw: tuple[int, int], num_classes: int = 3):
-    """A data sample of ``masks``, in an image of size ``hw`` in a batch of size ``pad_hw``."""
+def sample(masks: np.ndarray, hw: tuple[int, int], num_classes: int = 3) -> DetDataSample:
+    """A data sample of ``masks``, in an image of size ``hw``, padded in its batch to ``PAD_HW``."""
     boxes = [
         [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else [0, 0, 0, 0]
         for ys, xs in (np.nonzero(mask) for mask in masks)
@@ -136,29 +139,35 @@ def sample(masks: np.ndarray, hw: tuple[int, int], pad_hw: tuple[int, int], num_
         labels=torch.arange(len(masks)) % num_classes,
         masks=BitmapMasks(list(masks), *hw),
     )
-    data_sample = DetDataSample(gt_instances=gts)
-    data_sample.set_metainfo(
-        dict(
-            img_id=7,
-            img_shape=hw,
-            ori_shape=(hw[0] * 2 - 3, hw[1] * 2 + 1),
-            batch_input_shape=pad_hw,
-            pad_shape=pad_hw,
-            scale_factor=(0.5, 0.5),
-        )
+    meta = dict(
+        img_id=7,
+        img_shape=hw,
+        ori_shape=(hw[0] * 2 - 3, hw[1] * 2 + 1),
+        batch_input_shape=PAD_HW,
+        pad_shape=PAD_HW,
+        scale_factor=(0.5, 0.5),
     )
-    return data_sample
+    return DetDataSample(gt_instances=gts, metainfo=meta)
 
 
-PAD_HW = (128, 192)
+@pytest.fixture(scope='session')
+def solo() -> SimpleNamespace:
+    """The builders of this file."""
+    return SimpleNamespace(
+        build_ours=build_ours,
+        build_pair=build_pair,
+        build_stock=build_stock,
+        ellipses=ellipses,
+        pyramid=pyramid,
+        sample=sample,
+    )
 
 
 @pytest.fixture(params=['random', 'crowded'])
-def samples(request):
-    """Two images of different size; 5 + 9 objects, or 60 small and large ones in each."""
-    rng = np.random.default_rng(3)
+def samples(request) -> list[DetDataSample]:
+    """Two images of different size; 5 and 9 objects, or 60 small and large ones in each."""
     counts = (5, 9) if request.param == 'random' else (60, 60)
     return [
-        sample(ellipses(rng, hw, count), hw, PAD_HW)
-        for hw, count in zip(((128, 160), (101, 192)), counts, strict=True)
+        sample(ellipses(hw, count, seed), hw)
+        for seed, (hw, count) in enumerate(zip(((128, 160), (101, 192)), counts, strict=True))
     ]
