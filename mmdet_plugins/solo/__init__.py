@@ -15,7 +15,7 @@ where the thesis divides, as all released code does. The detector around the hea
 from .head import SOLODecoupledHead, SOLODynamicHead, SOLOVanillaHead
 from .losses import SOLODiceLoss, SOLOMaskBCELoss, SOLOMaskFocalLoss
 from .network import SOLOMergeNeck, SOLOSeparateMaskFeatures
-#from .postprocess import SOLOPostProcessor
+from .postprocess import SOLOPostProcessor
 
 __all__ = [
     'SOLODecoupledHead',

@@ -30,8 +30,10 @@ from mmdet_plugins.common.dynamic_mask_head import (
 )
 from mmdet_plugins.common.finite import require_finite
 from mmdet_plugins.ops.grid_targets import GridTargets, grid_targets
+from mmdet_plugins.ops.instance_masks import Frame
 
 from .network import DecoupledNetwork, VanillaNetwork, upsample
+from .postprocess import grid_scores
 
 
 class PositiveMasks(NamedTuple):
@@ -85,7 +87,7 @@ class LocationHead(BaseModule):
         self.loss_cls = MODELS.build(loss_cls)
         self.loss_mask = MODELS.build(loss_mask)
         self.test_cfg = test_cfg
-        if test_cfg is not None and 0:
+        if test_cfg is not None:
             self.postprocess = TASK_UTILS.build({'type': 'SOLOPostProcessor', **test_cfg})
 
     def mask_sizes(self, outputs: tuple) -> list[tuple[int, int]]:
@@ -100,8 +102,11 @@ class LocationHead(BaseModule):
         """Predictions that are trained, in groups."""
         raise NotImplementedError
 
-    def candidate_masks(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
-        """Mask probabilities [Q, h, w] of cells ([Q], in P) of an image, at the finest size."""
+    maps_are_logits: bool
+    """Whether :meth:`candidate_maps` gives logits, otherwise probabilities."""
+
+    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+        """Mask maps [Q, h, w] of cells ([Q], in P) of an image, at the size of the finest level."""
         raise NotImplementedError
 
     def loss(
@@ -172,23 +177,32 @@ class LocationHead(BaseModule):
         self, outputs: tuple, batch_img_metas: list[dict], rescale: bool = False
     ) -> list[InstanceData]:
         """Instances from the network's outputs."""
-        strides = torch.cat(
+        min_area = torch.cat(
             [
                 grid.new_full((size**2,), stride)
                 for grid, size, stride in zip(outputs[0], self.num_grids, self.strides, strict=True)
             ]
         )
-        return [
-            self.postprocess(
-                [grid[image] for grid in outputs[0]],
-                partial(self.candidate_masks, outputs, image),
-                strides,
-                self.mask_strides()[0],
-                meta['img_shape'][:2],
-                meta['ori_shape'][:2] if rescale else meta['img_shape'][:2],
+        map_hw, map_stride = self.mask_sizes(outputs)[0], self.mask_strides()[0]
+        results = []
+        for image, meta in enumerate(batch_img_metas):
+            image_hw = tuple(meta['img_shape'][:2])
+            frame = Frame(
+                map_hw,
+                tuple(side * map_stride for side in map_hw),
+                image_hw,
+                tuple(meta['ori_shape'][:2]) if rescale else image_hw,
             )
-            for image, meta in enumerate(batch_img_metas)
-        ]
+            results.append(
+                self.postprocess(
+                    grid_scores([grid[image] for grid in outputs[0]]),
+                    min_area,
+                    partial(self.candidate_maps, outputs, image),
+                    frame,
+                    self.maps_are_logits,
+                )
+            )
+        return results
 
     def cell_levels(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """Level of each cell in P and its place in the level's grid, both [Q]."""
@@ -199,6 +213,8 @@ class LocationHead(BaseModule):
 
 class LevelMaskHead(LocationHead):
     """A head whose levels have mask maps of their own, at half the levels' strides."""
+
+    maps_are_logits = False
 
     def level_factors(
         self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
@@ -227,7 +243,7 @@ class LevelMaskHead(LocationHead):
             for level, (images, level_cells, objects) in enumerate(zip(*parts, strict=True))
         ]
 
-    def candidate_masks(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
         levels, places = self.cell_levels(cells)
         size = self.mask_sizes(outputs)[0]
         masks = outputs[0][0].new_empty(len(cells), *size)
@@ -289,6 +305,10 @@ class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
         """Whether all levels share one map of mask features."""
         return isinstance(self.mask_feature_head, UnifiedMaskFeatures)
 
+    @property
+    def maps_are_logits(self) -> bool:
+        return self.unified
+
     def mask_strides(self) -> list[int]:
         return [self.in_strides[0]] * len(self.strides) if self.unified else super().mask_strides()
 
@@ -315,11 +335,11 @@ class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
             )
         ]
 
-    def candidate_masks(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
         if not self.unified:
-            return super().candidate_masks(outputs, image, cells)
+            return super().candidate_maps(outputs, image, cells)
         kernels = torch.cat([grid[image].flatten(1) for grid in outputs[1]], 1).T[cells]
-        return dynamic_conv(outputs[2][0][image], kernels, self.kernel_size).sigmoid()
+        return dynamic_conv(outputs[2][0][image], kernels, self.kernel_size)
 
     def level_factors(
         self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]

@@ -12,7 +12,13 @@ from mmdet.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmdet_plugins.ops.instance_masks import Frame, resize_masks, select_instances
+from mmdet_plugins.ops.instance_masks import (
+    Frame,
+    Selection,
+    resize_instances,
+    select_instances,
+)
+from mmdet_plugins.ops.matrix_nms import METHODS, PackedMasks, mask_nms, pack_masks
 
 
 def grid_scores(cls_logits: Sequence[Tensor]) -> Tensor:
@@ -69,20 +75,20 @@ class SOLOPostProcessor:
     ) -> None:
         if mask_format not in ('rle', 'dense'):
             raise ValueError(f"mask_format must be 'rle' or 'dense', not {mask_format!r}")
+        if nms not in METHODS:
+            raise ValueError(f'nms must be one of {", ".join(METHODS)}, not {nms!r}')
         self.score_thr = score_thr
-        self.mask_format = mask_format
-        self.selection = dict(
-            mask_thr=mask_thr,
-            maskness=maskness,
-            nms_pre=nms_pre,
-            method=nms,
+        self.rle = mask_format == 'rle'
+        self.maskness = maskness
+        self.maps = dict(mask_thr=mask_thr, byte_budget=byte_budget)
+        self.suppression = dict(
             kernel=kernel,
             sigma=sigma,
-            iou_thr=iou_thr,
             filter_thr=filter_thr,
+            nms_pre=nms_pre,
             max_num=max_per_img,
-            byte_budget=byte_budget,
         )
+        self.nms = dict(method=nms, iou_thr=iou_thr)
 
     def __call__(
         self,
@@ -105,3 +111,58 @@ class SOLOPostProcessor:
             ``scores`` [n], ``labels`` [n], ``bboxes`` [n, 4] and ``masks``.
         """
         cells, labels = (scores > self.score_thr).nonzero(as_tuple=True)
+        maps = dict(maps_of=lambda index: maps_of(cells[index]), logits=logits, **self.maps)
+        candidates = dict(
+            scores=scores[cells, labels],
+            labels=labels,
+            min_area=min_area[cells],
+            map_hw=frame.map_hw,
+        )
+        if self.nms['method'] == 'matrix' and self.maskness:
+            selection = select_instances(**candidates, **maps, **self.suppression)
+        else:
+            selection = self._select(**candidates, **maps)
+        instances = resize_instances(selection, frame=frame, rle=self.rle, **maps)
+        return InstanceData(
+            bboxes=instances.boxes_xyxy,
+            scores=selection.scores,
+            labels=selection.labels,
+            masks=instances.masks,
+        )
+
+    def _select(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        min_area: Tensor,
+        map_hw: tuple[int, int],
+        maps_of: Callable[[Tensor], Tensor],
+        logits: bool,
+        mask_thr: float,
+        byte_budget: int,
+    ) -> Selection:
+        """:func:`select_instances` by any NMS and score, which looks at all candidates."""
+        kept, rescored, packed = [], [], []
+        size = max(1, byte_budget // (8 * map_hw[0] * map_hw[1]))
+        for chunk in torch.arange(len(scores), device=scores.device).split(size):
+            probs = maps_of(chunk).float()
+            probs = probs.sigmoid() if logits else probs
+            masks = probs > mask_thr
+            area = masks.sum((1, 2))
+            mine = (area > min_area[chunk]).nonzero()[:, 0]
+            maskness = (probs * masks).sum((1, 2))[mine] / area[mine] if self.maskness else 1
+            kept.append(chunk[mine])
+            rescored.append(scores[chunk[mine]] * maskness)
+            packed.append(pack_masks(masks[mine]).bits)
+        if not kept:
+            return Selection(labels, scores, labels, [])
+        index = torch.cat(kept)
+        found = mask_nms(
+            PackedMasks(torch.cat(packed), map_hw),
+            torch.cat(rescored),
+            labels[index],
+            **self.nms,
+            **self.suppression,
+        )
+        index = index[found.keep_inds]
+        return Selection(index, found.scores, found.labels, [None] * len(index))
