@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     proposal = propose(objects, args.max_lost / 100)
     print(f'\nDefault: {table(objects, GridSetting())}')
     print(f'\nProposal: {table(objects, proposal)}')
-    print(f'\n{cfg_options(proposal)}')
+    print(f'\nFor the leaves that train at several scales:\n\n{cfg_options(proposal)}')
     return 0
 
 

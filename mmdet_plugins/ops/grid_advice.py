@@ -223,19 +223,20 @@ def propose(objects: GridObjects, max_share: float = 0.01) -> GridSetting:
         objects: Of the training set.
         max_share: Of the objects, that may be lost at a level and in all.
     """
-    short_side = np.median(objects.image_hw.min(1))
+    largest = max(2 * np.median(objects.image_hw.min(1)), _SHORT_SIDES[0])
     aspect = np.quantile(objects.image_hw.max(1) / objects.image_hw.min(1), 0.95)
-    setting = GridSetting()
-    for short in _SHORT_SIDES:
-        long = max(short, round(short * aspect / PAD_DIVISOR) * PAD_DIVISOR)
-        if short > max(2 * short_side, _SHORT_SIDES[0]):
-            break
-        setting = replace(setting, input_size=(long, short))
-        sides = objects.sides(setting.input_size)
-        setting = replace(setting, scale_ranges=_scale_ranges(sides))
+    input_sizes = [
+        (max(short, round(short * aspect / PAD_DIVISOR) * PAD_DIVISOR), short)
+        for short in _SHORT_SIDES
+        if short <= largest
+    ]
+    for input_size in input_sizes:
+        sides = objects.sides(input_size)
+        if np.quantile(sides, 0.05) < MIN_SIDE_PX and input_size != input_sizes[-1]:
+            continue
+        setting = GridSetting(input_size, scale_ranges=_scale_ranges(sides))
         setting = _with_grids(objects, setting, max_share)
-        enough = np.quantile(sides, 0.05) >= MIN_SIDE_PX
-        if enough and fit(objects, setting)[1].shares()[2] <= max_share:
+        if fit(objects, setting)[1].shares()[2] <= max_share:
             break
     return setting
 
