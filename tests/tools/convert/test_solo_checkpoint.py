@@ -9,9 +9,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
-from mmengine.hub import get_config
 
 BLOCKS = (3, 4, 6, 3)
 GRIDS = (40, 36, 24, 16, 12)
@@ -170,11 +168,11 @@ def adelaidet():
     return shapes | with_bias('mask_head.conv_pred.1', (256,))
 
 
-def load_strictly(path, config, repo, tool):
+def load_strictly(path, config, tool):
     """The tensors that a model of the config takes, all of them."""
     state = torch.load(path, weights_only=True)['state_dict']
-    model = MODELS.build(tool.load_config(config, None).model)
-    model.load_state_dict(state, strict=True)
+    model = tool.build_model(tool.load_config(config, None))
+    model.load_state_dict(state, strict=True, assign=True)
     return state
 
 
@@ -193,7 +191,7 @@ def test_released_checkpoints(model, tool, tmp_path, repo, capsys):
     config = str(repo / OURS[model])
     assert tool.main([str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), '--config', config]) == 0
     assert f'{len(source)} tensors of a WXinlong/SOLO checkpoint' in capsys.readouterr().out
-    state = load_strictly(tmp_path / 'out.pth', config, repo, tool)
+    state = load_strictly(tmp_path / 'out.pth', config, tool)
     written = torch.load(tmp_path / 'out.pth', weights_only=True)
     assert written['meta']['dataset_meta']['classes'] == ('person', 'bicycle')
 
@@ -241,8 +239,13 @@ def test_released_checkpoints(model, tool, tmp_path, repo, capsys):
         ]
         axis = '' if 'light' in model else '_y'
         pairs.append((f'ins_convs{axis}.0.conv.weight', f'mask_convs{axis}.0.conv.weight'))
-    if not model.endswith('dcn'):
-        follow(source, state, [(f'bbox_head.{a}', f'mask_head.{b}') for a, b in pairs])
+    follow(source, state, [(f'bbox_head.{a}', f'mask_head.{b}') for a, b in pairs])
+    if model.endswith('dcn'):
+        old, new = 'backbone.layer2.3.conv2_offset', 'backbone.layer2.3.conv2.conv_offset'
+        for part, modulation in (('weight', 0), ('bias', 20)):
+            value = state[f'{new}.{part}']
+            assert (value[:18] == source[f'{old}.{part}'].flatten()[0]).all()
+            assert (value[18:] == modulation).all() and len(value) == 27
 
 
 def test_classes_keep_their_order(tool, tmp_path, repo):
@@ -284,7 +287,7 @@ def test_adelaidet(tool, tmp_path, repo, capsys):
     arguments = [str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), '--config', config]
     assert tool.main(arguments) == 0
     said = capsys.readouterr().out
-    state = load_strictly(tmp_path / 'out.pth', config, repo, tool)
+    state = load_strictly(tmp_path / 'out.pth', config, tool)
     counted = [value for name, value in state.items() if name.endswith('num_batches_tracked')]
     values = [v.flatten()[0].item() for n, v in state.items() if not n.endswith('tracked')]
     assert len(counted) == 53 and not any(counted)
@@ -342,18 +345,18 @@ STOCK = {
 @pytest.mark.parametrize('model', STOCK)
 def test_stock_mmdet_both_ways(model, tool, tmp_path, repo):
     config = str(repo / OURS[model])
-    stock = MODELS.build(get_config(STOCK[model]).model)
-    ours = MODELS.build(Config.fromfile(config).model)
+    stock, ours = (tool.build_model(tool.load_config(c, None)) for c in (STOCK[model], config))
     for start, goal, goal_config in ((stock, ours, config), (ours, stock, STOCK[model])):
-        source = numbered({name: value.shape for name, value in start.state_dict().items()})
+        shapes = {name: value.shape for name, value in start.state_dict().items()}
+        source = numbered(shapes)
         meta = {'dataset_meta': {'classes': ('a',)}}
         torch.save({'meta': meta, 'state_dict': source}, tmp_path / 'in.pth')
         paths = [str(tmp_path / name) for name in ('in.pth', 'out.pth')]
         assert tool.main([*paths, '--config', goal_config]) == 0
         written = torch.load(paths[1], weights_only=True)
-        goal.load_state_dict(written['state_dict'], strict=True)
+        goal.load_state_dict(written['state_dict'], strict=True, assign=True)
         assert written['meta'] == meta
-        assert all(torch.equal(written['state_dict'][n], v) for n, v in source.items())
+        assert all(written['state_dict'][name].equal(value) for name, value in source.items())
 
 
 def test_what_does_not_fit_is_named(tool, tmp_path, repo, capsys):
