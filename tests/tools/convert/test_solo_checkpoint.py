@@ -4,12 +4,13 @@ The tensors are numbers spread over a shape: one per name, so that each can be f
 """
 
 import argparse
+import copy
 import shlex
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 
 BLOCKS = (3, 4, 6, 3)
 GRIDS = (40, 36, 24, 16, 12)
@@ -25,9 +26,26 @@ OURS = {
 }
 
 
+@pytest.fixture(scope='module')
+def configs():
+    return {}
+
+
 @pytest.fixture
-def tool(load_script):
-    return load_script('tools/convert/solo_checkpoint.py')
+def tool(load_script, monkeypatch, configs):
+    """The script; configs, whose bases take seconds to look up, are read once."""
+    tool = load_script('tools/convert/solo_checkpoint.py')
+    load_config = tool.load_config
+
+    def load_once(path, options):
+        if path not in configs:
+            configs[path] = load_config(path, None)
+        cfg = copy.deepcopy(configs[path])
+        cfg.merge_from_dict(options or {})
+        return cfg
+
+    monkeypatch.setattr(tool, 'load_config', load_once)
+    return tool
 
 
 def numbered(shapes):
@@ -324,8 +342,7 @@ def test_adelaidet(tool, tmp_path, repo, capsys):
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     words = shlex.split(said[said.index('--cfg-options') :])
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(parser.parse_args(words).cfg_options)
+    cfg = tool.load_config(config, parser.parse_args(words).cfg_options)
     assert cfg.model.backbone.style == 'caffe'
     preprocessor = cfg.model.data_preprocessor
     assert preprocessor.mean == [103.53, 116.28, 123.675] and preprocessor.std == [1, 1, 1]
