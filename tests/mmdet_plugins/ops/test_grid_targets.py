@@ -183,16 +183,16 @@ def test_cells_of_a_centre_region():
     ],
 )
 def test_centres_on_borders_of_cells_round_as_mmdets(device):
-    x = torch.arange(0, 1216, 0.5, device=device)
+    x = torch.arange(0, 960, 0.5, device=device)
     centres = torch.stack([x, torch.zeros_like(x)], dim=1)
     boxes = torch.tensor([[0.0, 0, 1, 1]], device=device).expand(len(x), 4)
     grids = (40, 36, 24, 16, 12)
     cells = assign_cells(
-        centres, boxes, (800, 1216), grid_sizes=grids, scale_ranges=[(1, 1)] * 5, centre_ratio=0
+        centres, boxes, (800, 960), grid_sizes=grids, scale_ranges=[(1, 1)] * 5, centre_ratio=0
     )
     start = 0
     for level, size in enumerate(grids):
-        expected = torch.div(x / 1216, 1.0 / size, rounding_mode='trunc').long()
+        expected = torch.div(x / 960, 1.0 / size, rounding_mode='trunc').long()
         assert torch.equal(cells[:, level, 4] - start, expected)
         start += size**2
 
