@@ -61,7 +61,7 @@ def _build(device: str) -> Sides:
         num = (targets.cells >= 0).sum()
         assert num == NUM_POSITIVES, f'{num} positives'
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=float(1e-5 * b.abs().max()))
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.detach().abs().max().item())
         return f'both losses and all gradients of {num} positives equal to 1e-5 of their largest'
 
     return Sides(ours, peer, parity)
