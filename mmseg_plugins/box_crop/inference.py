@@ -147,12 +147,11 @@ class BoxSegmenter:
         mask_px = (crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1] + 1)
         mask_bytes = 3 * int(mask_px.max(initial=1))  # the buffer, its shifted comparison, runs
         share = self.memory_budget_mb * _MB / 8
-        size = int(min(max(share // mask_bytes, 1), _GROUP))
+        size = int(min(share // mask_bytes, _GROUP, len(crops))) or 1
+        workers = min(torch.get_num_threads(), size) if frame.device.type == 'cpu' else 1
         held_bytes += 2 * pixels.nbytes  # the decoded file's, and the frame on its device
-        held_bytes += mask_bytes * (
-            size + 2 * torch.get_num_threads()
-        )  # and one float map a thread
-        with crop_threads() as run:
+        held_bytes += mask_bytes * (size + 2 * workers)  # and one float map a worker
+        with crop_threads(workers) as run:
             for start in range(0, len(crops), size):
                 part = crops[start : start + size]
                 logits = torch.cat(list(self._batches(frame, part, held_bytes, run)))

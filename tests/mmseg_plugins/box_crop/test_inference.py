@@ -222,6 +222,15 @@ def test_the_budget_bounds_the_batches():
         )
 
 
+def test_many_cores_do_not_use_up_the_budget(monkeypatch):
+    image = np.zeros((1500, 2000, 3), np.uint8)  # a mask and what it takes to encode it: 9 MB
+    boxes = np.tile([0, 0, 2000, 1500], (9, 1)) + np.arange(9)[:, None] * [1, 1, 0, 0]
+    expected = segmenter(memory_budget_mb=128)(image, boxes)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 64)
+    assert segmenter(memory_budget_mb=128)(image, boxes) == expected
+    assert segmenter(memory_budget_mb=64)(image, boxes) == expected
+
+
 CHILD = """
 import resource, sys
 import numpy as np, torch
