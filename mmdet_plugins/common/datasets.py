@@ -100,6 +100,25 @@ class OpenWorldCocoDataset(CocoDataset):
             self._check_images(data_list)
         return data_list
 
+    def prepare_data(self, idx: int) -> Any:
+        """A sample through the pipeline.
+
+        Raises:
+            ValueError: The image, as decoded, is not of the size that its boxes were drawn on.
+        """
+        info = self.get_data_info(idx)
+        stated = info['height'], info['width']
+        data = self.pipeline(info)
+        found = info.get('ori_shape', stated)  # the loading transform has written it
+        if found != stated:
+            raise ValueError(
+                f'{info["img_path"]} is {found[1]} x {found[0]} pixels, {self.ann_file} says '
+                f'{stated[1]} x {stated[0]}: correct it, or load the image with color_type='
+                "'color_ignore_orientation' if its EXIF data turns it. "
+                'tools/check_data.py lists all such images.'
+            )
+        return data
+
     def filter_data(self) -> list[dict]:
         """Filter as ``CocoDataset`` does; explain it if nothing is left."""
         kept = super().filter_data()

@@ -17,12 +17,10 @@ from hotcoco import mask as coco_mask
 from mmdet_plugins.common import report_page
 from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.overlays import (
-    UnreadableImage,
     colours,
     data_uri,
     draw,
     picture_scale,
-    read_image,
     resize,
 )
 from mmdet_plugins.ops.coco_json import (
@@ -34,6 +32,7 @@ from mmdet_plugins.ops.coco_json import (
     to_detections,
     to_objects,
 )
+from mmdet_plugins.ops.images import read_image
 from mmdet_plugins.ops.open_world import evaluate_json, greedy_match, pairwise_iou
 
 MOST_DETECTIONS = 1000
@@ -213,8 +212,8 @@ def _load(data: _Evaluated, image_root: Path, key: int) -> tuple[np.ndarray, str
     size = (entry['height'], entry['width'])
     try:
         return read_image(image_root / entry['file_name'], size), None
-    except UnreadableImage as error:
-        return np.full((*size, 3), 120, np.uint8), f'{entry["file_name"]} {error}'
+    except (OSError, ValueError) as error:
+        return np.full((*size, 3), 120, np.uint8), str(error).removeprefix(f'{image_root}/')
 
 
 def write_report(

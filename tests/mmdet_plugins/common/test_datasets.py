@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
+from mmengine.dataset import Compose
+from mmengine.registry import DefaultScope
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 from mmdet_plugins.common.datasets import OpenWorldCocoDataset, UVODataset
@@ -202,6 +205,36 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / '1.jpg').touch()
     with pytest.raises(FileNotFoundError, match='2 of the 3 images .* missing, among .*2.jpg'):
         _build(tmp_path, _coco(), check_images=True, data_prefix={'img': str(tmp_path)})
+
+
+@pytest.mark.parametrize('tta', [False, True])
+def test_an_image_of_another_size_is_named(tmp_path, tta):
+    picture = Image.fromarray(np.zeros((120, 90, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn, as 90 x 120
+    picture.save(tmp_path / '1.jpg', exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / '2.jpg')
+    picture.save(tmp_path / '3.jpg')
+    dataset = _build(tmp_path, _coco(), data_prefix={'img': str(tmp_path)})
+
+    def samples(**loading):
+        steps = [
+            {'type': 'Resize', 'scale': (60, 60), 'keep_ratio': True},
+            {'type': 'PackDetInputs'},
+        ]
+        if tta:
+            steps = [{'type': 'TestTimeAug', 'transforms': [[step] for step in steps]}]
+        loading = {'type': 'LoadImageFromFile', **loading}
+        dataset.pipeline = Compose([{**step} for step in (loading, *steps)])
+        return dataset
+
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        assert samples()[0] and samples()[1]
+        message = '3.jpg is 90 x 120 pixels, .*annotations.json says 120 x 90: .*ignore_orientation'
+        with pytest.raises(ValueError, match=message):
+            samples()[2]
+        with pytest.raises(ValueError, match='1.jpg is 90 x 120 pixels'):
+            samples(color_type='color_ignore_orientation')[0]
 
 
 def _uvo():
