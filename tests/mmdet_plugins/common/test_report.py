@@ -17,6 +17,7 @@ from mmdet_plugins.common.overlays import (
     outlines,
     picture_scale,
 )
+from mmdet_plugins.ops.open_world import evaluate_json
 from mmdet_plugins.ops.rle import encode_masks
 
 HW = (60, 90)
@@ -93,6 +94,18 @@ def test_curve_goes_through_the_values_of_pycocotools(masks):
     recall = evaluation.eval['recall'][:, 0, 0]  # T × budgets, all areas
     assert 0.05 < recall[..., 1].mean() < 0.95
     np.testing.assert_allclose(curve, recall.mean(0), rtol=0, atol=1e-12)
+
+
+def test_equal_scores_go_by_category_as_in_the_table():
+    mask = ellipse(40, 30, 15, 10)
+    truth, _ = make(num_images=1)
+    truth['annotations'] = [entry(mask, image_id=1, id=1, area=float(mask.sum()))]
+    hit = entry(mask, image_id=1, score=0.5) | {'category_id': 2}
+    miss = entry(ellipse(8, 8, 4, 4), image_id=1, score=0.5)
+    ranks = report._Evaluated(truth, {'ours': [hit, miss]}).ranks('ours')
+    table = evaluate_json(truth, [hit, miss], max_dets=(1, 2))
+    assert [table['segm_AR@1'], table['segm_AR@2']] == [0, 1]
+    assert report.recall_curve(ranks, [1, 2]) == [0, 1]
 
 
 def test_size_bins():
