@@ -80,6 +80,7 @@ class UVOSimOTAAssigner(BaseAssigner):
         gt_instances: InstanceData,
         gt_instances_ignore: InstanceData | None,
         strides: Tensor | None = None,
+        img_meta: dict | None = None,
     ) -> tuple[AssignResult, ...]:
         """One ``AssignResult`` per entry of ``topk``; arguments as in :meth:`assign`."""
         priors = pred_instances.priors
@@ -103,6 +104,7 @@ class UVOSimOTAAssigner(BaseAssigner):
             gt_labels=cost_labels,
             topk=topk,
             strides=strides,
+            image_hw=None if img_meta is None else img_meta['img_shape'][:2],
             valid=valid,
             **self.cost,
         )
@@ -124,6 +126,7 @@ class UVOSimOTAAssigner(BaseAssigner):
         gt_instances: InstanceData,
         gt_instances_ignore: InstanceData | None = None,
         strides: Tensor | None = None,
+        img_meta: dict | None = None,
         **kwargs,
     ) -> AssignResult:
         """Assign in mmdet's protocol.
@@ -134,9 +137,10 @@ class UVOSimOTAAssigner(BaseAssigner):
             gt_instances: ``bboxes`` [G, 4], ``labels`` [G].
             gt_instances_ignore: ``bboxes`` of crowds; used if ``ignore_iof_thr`` is set.
             strides: [P], for ``center_rule='stride'``.
+            img_meta: ``img_shape``, beyond which ``ensure_positive`` gives no object a positive.
         """
         return self.assign_topk(
-            (self.topk,), pred_instances, gt_instances, gt_instances_ignore, strides
+            (self.topk,), pred_instances, gt_instances, gt_instances_ignore, strides, img_meta
         )[0]
 
 
@@ -163,6 +167,7 @@ def assign_slots(
             gt_instances,
             gt_instances_ignore,
             geometry['strides'],
+            geometry['img_meta'],
         )
         gt_inds = [result.gt_inds for result in results]
     else:

@@ -89,8 +89,9 @@ class UVOCascadeStage(BaseModule):
         dcn_tower: Which convolution of a tower is deformable (v2): ``'first'`` as the paper says,
             ``'last'`` as the released code has it, None.
         norm_cfg: Of the towers.
-        init_cfg: By default as in the released code, N(0, 0.01), but for the objectness bias: it
-            starts at the log-odds of 0.01, as the focal loss wants it.
+        init_cfg: By default as in the released code, N(0, 0.01), even of what predicts the offsets
+            in a tower, which DCNv2 starts at 0; but for the objectness bias, which starts at the
+            log-odds of 0.01, as the focal loss wants it.
     """
 
     def __init__(

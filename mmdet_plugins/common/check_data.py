@@ -4,20 +4,18 @@ Errors are what a run dies of, or what silently loses or falsifies objects; warn
 survives, but the user may want to know. The kinds of both, with their mends, are in ``KINDS``.
 """
 
-import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from hotcoco import mask as rle_ops
 from PIL import Image, UnidentifiedImageError
 
-from ..ops.coco_json import JsonFile, read_json
+from ..ops.coco_json import SINGULAR, JsonFile, bad_entries, is_finite, read_json
 from ..ops.rle import segmentation_to_rle
 from .uvo import coco_or_uvo
 
@@ -99,7 +97,7 @@ def check_data(
     """
     try:
         data = coco_or_uvo(read_json(ann_file), os.fspath(ann_file))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return [Problem('file', os.fspath(ann_file), str(error).removeprefix(f'{ann_file}: '))]
     problems = list(check_annotations(data))
     if image_root is not None:
@@ -121,30 +119,21 @@ def check_annotations(data: Mapping) -> Iterator[Problem]:
     for key in ('images', 'annotations', 'categories'):
         if not data[key]:
             yield Problem('empty', key, f'the list of {key} is empty')
-    usable = {}
-    fields = {
-        'images': ('id', 'file_name', 'height', 'width'),
-        'categories': ('id', 'name'),
-        'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
+    bad = defaultdict(set)
+    # Sizes, boxes and areas have checks of their own below.
+    for key, i, where, what in bad_entries(data, ('height', 'width', 'bbox', 'area')):
+        yield Problem('field', where, what)
+        bad[key].add(i)
+    usable = {
+        key: [entry for i, entry in enumerate(data[key]) if i not in bad[key]] for key in SINGULAR
     }
-    for key, needed in fields.items():
-        usable[key] = []
-        for i, entry in enumerate(data[key]):
-            missing = (
-                [f for f in needed if f not in entry] if isinstance(entry, dict) else ['everything']
-            )
-            if missing:
-                name = entry.get('id') if isinstance(entry, dict) else None
-                where = f'{_SINGULAR[key]} {f"number {i}" if name is None else name}'
-                yield Problem('field', where, f'lacks {", ".join(missing)}')
-            else:
-                usable[key].append(entry)
-        yield from _repeated(usable[key], 'id', 'duplicate-id', key)
+    for key, entries in usable.items():
+        yield from _repeated(entries, 'id', 'duplicate-id', key)
     yield from _repeated(usable['images'], 'file_name', 'duplicate-file', 'images')
     yield from _repeated(usable['categories'], 'name', 'duplicate-name', 'categories')
     images = {}
     for image in usable['images']:
-        size = (image['height'], image['width'])
+        size = (image.get('height'), image.get('width'))
         if all(isinstance(v, int) and v > 0 for v in size):
             images[image['id']] = image
         else:
@@ -170,21 +159,22 @@ def check_annotations(data: Mapping) -> Iterator[Problem]:
                 yield Problem(kind, where, what)
 
 
-_SINGULAR = {'images': 'image', 'annotations': 'annotation', 'categories': 'category'}
-
-
 def _repeated(entries: list[dict], field: str, kind: str, key: str) -> Iterator[Problem]:
     for value, count in Counter(str(entry[field]) for entry in entries).items():
         if count > 1:
-            yield Problem(kind, f'{_SINGULAR[key]} {value}', f'{count} {key} have this {field}')
+            yield Problem(kind, f'{SINGULAR[key]} {value}', f'{count} {key} have this {field}')
 
 
 def _check_object(annotation: dict, image: dict, with_masks: bool) -> Iterator[tuple[str, str]]:
     """Kind and description of what is wrong with the box, area and mask of one annotation."""
+    missing = [field for field in ('bbox', 'area') if field not in annotation]
+    if missing:
+        yield 'field', f'lacks {", ".join(missing)}'
+        return
     size = height, width = image['height'], image['width']
     box, area = annotation['bbox'], annotation['area']
     good_box = False
-    if not _is_finite(box, 4):
+    if not is_finite(box, 4):
         yield 'box-not-finite', f'has the box {box}'
     else:
         x, y, w, h = box
@@ -199,7 +189,7 @@ def _check_object(annotation: dict, image: dict, with_masks: bool) -> Iterator[t
             good_box = True
             if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
                 yield 'box-beyond-image', f'has the box {box} in a {width}x{height} image'
-    good_area = _is_finite([area], 1) and area > 0
+    good_area = is_finite([area], 1) and area > 0
     if not good_area:
         yield 'area-not-positive', f'has the area {area}'
     segmentation = annotation.get('segmentation')
@@ -238,14 +228,6 @@ def _check_object(annotation: dict, image: dict, with_masks: bool) -> Iterator[t
                     f'{[round(v, 1) for v in mask_box.tolist()]}'
                 ),
             )
-
-
-def _is_finite(values: Any, length: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == length
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    )
 
 
 def _num_pixels(counts: str) -> int:

@@ -6,6 +6,7 @@ and hands it to :func:`load_file`: ``torch.load(weights_only=True)`` first, then
 checkpoints hold besides tensors, an unpickler with an allow-list. There is no third attempt.
 """
 
+import argparse
 import collections
 import difflib
 import io
@@ -65,9 +66,11 @@ _METHODS = {
     HistoryBuffer: ('min', 'max', 'current', 'mean'),
     OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
 }
-# All that training checkpoints of mmdet and mmseg ask for. What may be called does no more than
-# build data from its arguments. Names are compared whole, so that a dotted one leads nowhere.
+# All that training checkpoints of mmdet and mmseg ask for, and the command line that others keep.
+# What may be called does no more than build data from its arguments. Names are compared whole, so
+# that a dotted one leads nowhere.
 _MAY_BE_CALLED: dict[str, Callable] = {
+    'argparse.Namespace': argparse.Namespace,
     'builtins.bytes': _empty_bytes,
     'builtins.getattr': _getattr,
     '_codecs.encode': _encode,
@@ -114,8 +117,13 @@ class _Unpickler(pickle._Unpickler):
         super().load_newobj()
 
     def load_build(self) -> None:
-        if not isinstance(self.stack[-2], _MAY_HAVE_STATE):
-            raise _RefusedError(f'setting the state of {self.stack[-2]!r}')
+        target, state = self.stack[-2:]
+        if type(target) is argparse.Namespace and type(state) is dict:
+            vars(target).update(state)  # pickle's own way heeds a __setstate__ among the values
+            self.stack.pop()
+            return
+        if not isinstance(target, _MAY_HAVE_STATE):
+            raise _RefusedError(f'setting the state of {target!r}')
         super().load_build()
 
     def load_refused(self) -> None:
@@ -168,8 +176,8 @@ def load_file(
             )
     except _RefusedError as error:
         raise CheckpointError(
-            f'{name} is refused, since it asks for {error}, which no checkpoint needs: use another '
-            'file, or have its maker save the tensors of "state_dict" alone.'
+            f'{name} is refused, since it asks for {error}, beyond what a checkpoint is trusted '
+            'with: use another file, or have its maker save the tensors of "state_dict" alone.'
         ) from None
     except OSError:
         raise

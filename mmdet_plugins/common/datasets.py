@@ -1,6 +1,5 @@
 """COCO-style data sets for open-world work: one class "object", or the classes the file has."""
 
-import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,7 +9,14 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.fileio import get_local_path
 
-from ..ops.coco_json import base_category_ids, by_image, check_coco, listed, read_json
+from ..ops.coco_json import (
+    base_category_ids,
+    by_image,
+    check_coco,
+    check_entries,
+    listed,
+    read_json,
+)
 from .uvo import coco_or_uvo
 
 
@@ -68,23 +74,50 @@ class OpenWorldCocoDataset(CocoDataset):
         """
         data = self._read()
         for key in ('images', 'annotations'):
-            counts = Counter(entry.get('id') for entry in data[key])
-            bad = [i for i, count in counts.items() if count > 1 or i is None]
-            if bad:
+            counts = Counter(entry['id'] for entry in data[key])
+            shared = [i for i, count in counts.items() if count > 1]
+            if shared:
                 raise ValueError(
-                    f'{self.ann_file}: ids of {key} must be given and differ; '
-                    f'these are shared or missing: {listed(bad, 5)}.'
+                    f'{self.ann_file}: ids of {key} must differ; '
+                    f'these are shared: {listed(shared, 5)}.'
                 )
-        self._set_classes(data['categories'])
+        self._set_classes(data)
         annotations = self._without_novel(data)
         annotations_of = by_image(annotations)
         self.cat_img_map = defaultdict(list)
         for annotation in annotations:
             self.cat_img_map[annotation['category_id']].append(annotation['image_id'])
-        data_list = [self._parse(image, annotations_of[image['id']]) for image in data['images']]
+        data_list = [
+            self.parse_data_info(
+                {
+                    'raw_img_info': {**image, 'img_id': image['id']},
+                    'raw_ann_info': annotations_of[image['id']],
+                }
+            )
+            for image in data['images']
+        ]
         if self.check_images:
             self._check_images(data_list)
         return data_list
+
+    def prepare_data(self, idx: int) -> Any:
+        """A sample through the pipeline.
+
+        Raises:
+            ValueError: The image, as decoded, is not of the size that its boxes were drawn on.
+        """
+        info = self.get_data_info(idx)
+        stated = info['height'], info['width']
+        data = self.pipeline(info)
+        found = info.get('ori_shape', stated)  # the loading transform has written it
+        if found != stated:
+            raise ValueError(
+                f'{info["img_path"]} is {found[1]} x {found[0]} pixels, {self.ann_file} says '
+                f'{stated[1]} x {stated[0]}: correct it, or load the image with color_type='
+                "'color_ignore_orientation' if its EXIF data turns it. "
+                'tools/check_data.py lists all such images.'
+            )
+        return data
 
     def filter_data(self) -> list[dict]:
         """Filter as ``CocoDataset`` does; explain it if nothing is left."""
@@ -103,13 +136,14 @@ class OpenWorldCocoDataset(CocoDataset):
                 data = read_json(path)
             except (OSError, ValueError) as error:  # the local copy's name tells nothing
                 raise type(error)(str(error).replace(str(path), self.ann_file)) from None
-        return self._to_coco(data)
+        return check_entries(self._to_coco(data), self.ann_file)
 
     def _to_coco(self, data: Any) -> dict:
         return check_coco(data, self.ann_file)
 
-    def _set_classes(self, categories: list[dict]) -> None:
-        ids = {category['name']: category['id'] for category in categories}
+    def _set_classes(self, data: dict) -> None:
+        ids = {category['id'] for category in data['categories']}
+        used = {annotation['category_id'] for annotation in data['annotations']}
         given = self._given_classes
         if self.class_agnostic:
             if given is not None and len(given) != 1:
@@ -117,22 +151,32 @@ class OpenWorldCocoDataset(CocoDataset):
                     f'{self.ann_file}: metainfo gives {len(given)} classes, but a class-agnostic '
                     'data set has one. Set class_agnostic=False, or leave the classes out.'
                 )
-            self.cat_ids = list(ids.values())
+            self.cat_ids = sorted(ids | used)
             self.cat2label = dict.fromkeys(self.cat_ids, 0)
             return
-        classes = tuple(ids if given is None else given)
-        missing = [name for name in classes if name not in ids]
+        if used - ids:
+            raise ValueError(
+                f'{self.ann_file}: annotations have the category ids {listed(sorted(used - ids))}, '
+                'which it does not list: add the categories, or set class_agnostic=True.'
+            )
+        names = dict.fromkeys(category['name'] for category in data['categories'])
+        classes = tuple(names if given is None else given)
+        missing = [name for name in classes if name not in names]
         if missing:
             raise ValueError(
                 f'{self.ann_file}: metainfo asks for the classes {listed(missing)}, which the file '
-                f'does not have; it has {listed(ids)}. Leave the classes out to take those of the '
-                'file, or correct their spelling.'
+                f'does not have; it has {listed(names)}. Leave the classes out to take those of '
+                'the file, or correct their spelling.'
             )
         self._metainfo['classes'] = classes
         if given is None:
             self._metainfo.pop('palette', None)
-        self.cat_ids = [ids[name] for name in classes]
-        self.cat2label = {i: label for label, i in enumerate(self.cat_ids)}
+        self.cat2label = {
+            category['id']: classes.index(category['name'])
+            for category in data['categories']
+            if category['name'] in classes
+        }
+        self.cat_ids = list(self.cat2label)
 
     def _without_novel(self, data: dict) -> list[dict]:
         if self.base_categories is None or self.test_mode:
@@ -144,29 +188,6 @@ class OpenWorldCocoDataset(CocoDataset):
             ann if ann['category_id'] in base else {**ann, 'iscrowd': 1}
             for ann in data['annotations']
         ]
-
-    def _parse(self, image: dict, annotations: list[dict]) -> dict:
-        for annotation in annotations:
-            box = annotation.get('bbox')
-            if (
-                not isinstance(box, list)
-                or len(box) != 4
-                or not all(map(math.isfinite, box))
-                or 'area' not in annotation
-            ):
-                raise ValueError(
-                    f'{self.ann_file}: annotation {annotation["id"]} needs a bbox of four finite '
-                    f'numbers and an area, and has {box} and {annotation.get("area")}. '
-                    'tools/check_data.py lists all such entries.'
-                )
-        try:
-            return self.parse_data_info(
-                {'raw_img_info': {**image, 'img_id': image['id']}, 'raw_ann_info': annotations}
-            )
-        except KeyError as error:
-            raise ValueError(
-                f'{self.ann_file}: image {image["id"]} or one of its annotations lacks {error}.'
-            ) from None
 
     def _check_images(self, data_list: list[dict]) -> None:
         missing = [info['img_path'] for info in data_list if not os.path.isfile(info['img_path'])]

@@ -13,13 +13,13 @@ from ..ops.deform_conv import deform_conv2d
 
 
 def _is_plain(module: DeformConv2d | ModulatedDeformConv2dPack) -> bool:
-    pairs = (module.stride, module.padding, module.dilation)
+    pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
     square = all(first == second for first, second in pairs)
     return square and module.groups == module.deform_groups == 1
 
 
 class AnyDeviceDeformConv2d(DeformConv2d):
-    """``DeformConv2d`` that trains on the CPU as well; layers with groups stay mmcv's."""
+    """``DeformConv2d`` that trains on the CPU as well; odd ones (groups, oblong) stay mmcv's."""
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
         """``x`` [N, C, H, W], ``offset`` [N, 2*K, h, w] -> [N, O, h, w]."""
@@ -41,7 +41,7 @@ class AnyDeviceDeformConv2d(DeformConv2d):
 
 @MODELS.register_module()
 class AnyDeviceDCNv2(ModulatedDeformConv2dPack):
-    """``DCNv2`` that trains on the CPU as well; layers with groups stay mmcv's."""
+    """``DCNv2`` that trains on the CPU as well; odd ones (groups, oblong) stay mmcv's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, O, h, w]."""

@@ -20,8 +20,9 @@ class ResumableIterBasedTrainLoop(IterBasedTrainLoop):
     iteration. Here a past iteration costs its indices alone, with any sampler, batch sampler and
     number of workers: some seconds for ten million samples, more where a batch sampler looks each
     of them up (mmdet's ``AspectRatioBatchSampler``). The samples that follow are those of the
-    uninterrupted run; their random augmentation is drawn anew. A data set without indices
-    (``IterableDataset``) is read through, as the stock loop does.
+    uninterrupted run, unless ``randomness.diff_rank_seed`` hides the sampler's seed; their random
+    augmentation is drawn anew. A data set without indices (``IterableDataset``) is read through, as
+    the stock loop does.
 
     Other differences: workers start with the first batch, not with the loop; the epochs of a finite
     sampler follow each other without a pause; the OneDL fork's ``fast_forward_on_resume``, by which
@@ -69,6 +70,7 @@ class _BatchStream:
     def __init__(self, loop: IterBasedTrainLoop) -> None:
         self._loop = loop
         self._loader = loop.dataloader
+        self._first_seed = getattr(loop.runner, 'seed', None)
         self._position = 0
         self._epoch = 0
         self._indices: Iterator | None = None
@@ -78,6 +80,8 @@ class _BatchStream:
         return self
 
     def __next__(self) -> Any:
+        if not self._position:
+            self._follow_seed()
         past = self._position < self._loop.iter
         self._position += 1
         if past and not isinstance(self._loader.dataset, IterableDataset):
@@ -111,11 +115,20 @@ class _BatchStream:
 
     def _begin_epoch(self) -> None:
         self._epoch += 1
-        inner = getattr(self._loader.batch_sampler, 'sampler', None)
-        for sampler in (self._loader.sampler, inner):
-            if hasattr(sampler, 'set_epoch'):
-                sampler.set_epoch(self._epoch)
-                break
+        sampler = _innermost_sampler(self._loader)
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(self._epoch)
+
+    def _follow_seed(self) -> None:
+        """Give the sampler the seed that the runner has resumed; it was built with another one."""
+        sampler = _innermost_sampler(self._loader)
+        if self._first_seed is not None and getattr(sampler, 'seed', None) == self._first_seed:
+            sampler.seed = self._loop.runner.seed
+
+
+def _innermost_sampler(loader: DataLoader) -> Any:
+    """What the order of samples comes from, below any batch sampler."""
+    return getattr(loader.batch_sampler, 'sampler', loader.sampler)
 
 
 def _sampler_key(loader: DataLoader) -> str:

@@ -20,6 +20,7 @@ from ..ops.coco_json import (
     Objects,
     base_category_ids,
     by_image,
+    check_entries,
     listed,
     read_json,
     to_objects,
@@ -91,6 +92,7 @@ class OpenWorldMetric(BaseMetric):
         if ann_file is not None and not format_only:
             with get_local_path(ann_file, backend_args=backend_args) as path:
                 data = coco_or_uvo(read_json(path), ann_file)
+            check_entries(data, ann_file, unchecked=('file_name', 'height', 'width'))
             if isinstance(base_categories, str):
                 base_categories = list_from_file(base_categories)
             if base_categories is not None:

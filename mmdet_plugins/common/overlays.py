@@ -8,7 +8,6 @@ a white outline. ``H W`` is the frame, ``h w`` the picture.
 import base64
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,29 +19,6 @@ ALONE = (255, 255, 255)
 CASING = (24, 18, 16)  # dark line under each outline: it stays visible on any ground
 LONG_SIDE = 760  # of a picture, pixels
 SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
-
-
-class UnreadableImage(Exception):
-    """An image file that is missing, broken or of another size; the message says which."""
-
-
-def read_image(path: Path, image_hw: tuple[int, int]) -> np.ndarray:
-    """Read ``[H, W, 3]`` uint8 BGR, of the size that the annotations state.
-
-    Raises:
-        UnreadableImage: In one sentence fragment, without the file's name.
-    """
-    if not path.is_file():
-        raise UnreadableImage('there is no such file')
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise UnreadableImage('cannot be decoded')
-    if image.shape[:2] != tuple(image_hw):
-        height, width = image.shape[:2]
-        raise UnreadableImage(
-            f'is {width} × {height} pixels, the annotations say {image_hw[1]} × {image_hw[0]}'
-        )
-    return image
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:

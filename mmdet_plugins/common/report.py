@@ -5,7 +5,6 @@ of one image, T = 10 IoU thresholds (0.50:0.05:0.95).
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,23 @@ from hotcoco import mask as coco_mask
 from mmdet_plugins.common import report_page
 from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.overlays import (
-    UnreadableImage,
     colours,
     data_uri,
     draw,
     picture_scale,
-    read_image,
     resize,
 )
 from mmdet_plugins.ops.coco_json import (
     Detections,
     JsonFile,
     Objects,
+    by_image,
     load_coco,
     load_results,
     to_detections,
     to_objects,
 )
+from mmdet_plugins.ops.images import read_image
 from mmdet_plugins.ops.open_world import evaluate_json, greedy_match, pairwise_iou
 
 MOST_DETECTIONS = 1000
@@ -118,16 +117,17 @@ class _Evaluated:
         self.results = {name: load_results(source) for name, source in results.items()}
         self.images = {image['id']: image for image in self.truth['images']}
         self.masks = all('segmentation' in r for found in self.results.values() for r in found)
-        by_image = _by_image(self.truth['annotations'])
+        annotations_of = by_image(self.truth['annotations'])
         self.objects = {
-            key: to_objects(by_image[key], image, self.masks) for key, image in self.images.items()
+            key: to_objects(annotations_of[key], image, self.masks)
+            for key, image in self.images.items()
         }
         self.detections: dict[str, dict[int, Detections]] = {}
         self.matches: dict[str, dict[int, ImageMatch]] = {}
         for name, found in self.results.items():
-            by_image = _by_image(found)
+            results_of = by_image(found)
             self.detections[name] = {
-                key: to_detections(by_image[key], self.masks) for key in self.images
+                key: to_detections(results_of[key], self.masks) for key in self.images
             }
             self.matches[name] = {
                 key: match_image(self.objects[key], self.detections[name][key])
@@ -144,13 +144,6 @@ class _Evaluated:
     def sides_px(self) -> np.ndarray:
         areas = [objects.areas[~objects.crowd] for objects in self.objects.values()]
         return np.sqrt(np.concatenate([np.zeros(0), *areas]))
-
-
-def _by_image(entries: Sequence[Mapping]) -> dict[int, list[Mapping]]:
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry['image_id']].append(entry)
-    return groups
 
 
 def choose_images(
@@ -213,8 +206,8 @@ def _load(data: _Evaluated, image_root: Path, key: int) -> tuple[np.ndarray, str
     size = (entry['height'], entry['width'])
     try:
         return read_image(image_root / entry['file_name'], size), None
-    except UnreadableImage as error:
-        return np.full((*size, 3), 120, np.uint8), f'{entry["file_name"]} {error}'
+    except (OSError, ValueError) as error:
+        return np.full((*size, 3), 120, np.uint8), str(error).removeprefix(f'{image_root}/')
 
 
 def write_report(

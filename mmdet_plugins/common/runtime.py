@@ -58,11 +58,11 @@ def init_cpu_process_group() -> None:
     """Start a gloo process group if a launcher asks for ranks and there is no accelerator.
 
     mmengine's ``init_dist`` calls ``torch.cuda.set_device`` whatever the backend, but is not called
-    where a group exists. The launcher's variables (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
-    ``MASTER_PORT``) are torchrun's.
+    where a group exists. The launcher's variables are torchrun's; where one is missing, the ranks
+    are not meant for torch.
     """
     if (
-        {'RANK', 'WORLD_SIZE'} <= os.environ.keys()
+        {'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys()
         and get_device() == 'cpu'
         and dist.is_available()
         and not dist.is_initialized()

@@ -6,12 +6,13 @@ YouTube-VIS: ``videos`` with ``file_names``, one a frame, and ``annotations`` wi
 in ``segmentations``, ``bboxes`` and ``areas``, null where the object is not in sight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hotcoco import mask as rle_ops
 
-from ..ops.coco_json import check_coco
+from ..ops.coco_json import check_coco, entry_name
 from ..ops.rle import segmentation_to_rle
 
 
@@ -39,8 +40,8 @@ def uvo_to_coco(data: Mapping) -> dict:
     video); ids of both are new. Boxes and areas that the file lacks are those of the masks.
 
     Raises:
-        ValueError: The file is of neither layout, or an object does not fit its video; the video
-            or annotation is named.
+        ValueError: The file is of neither layout, a field is missing or malformed, or an object
+            does not fit its video; the video or annotation is named.
     """
     if 'images' in data:
         return dict(data)
@@ -51,47 +52,68 @@ def uvo_to_coco(data: Mapping) -> dict:
         )
     images: list[dict] = []
     frames: dict[int, list[dict]] = {}
-    for video in data['videos']:
-        frames[video['id']] = [
-            {
-                'id': len(images) + i,
-                'file_name': name,
-                'height': video['height'],
-                'width': video['width'],
-                'video_id': video['id'],
-                'frame_idx': i - 1,
-            }
-            for i, name in enumerate(video['file_names'], start=1)
-        ]
-        images += frames[video['id']]
-    annotations: list[dict] = []
-    for track in data['annotations']:
-        where = f'object {track.get("id")} of video {track.get("video_id")}'
-        if track.get('video_id') not in frames:
-            raise ValueError(f'{where}: there is no such video')
-        shown = frames[track['video_id']]
-        if len(track['segmentations']) != len(shown):
-            raise ValueError(
-                f'{where}: {len(track["segmentations"])} masks for {len(shown)} frames'
-            )
-        for i, (image, segmentation) in enumerate(zip(shown, track['segmentations'], strict=True)):
-            if not segmentation:
-                continue
-            box, area = ((track.get(key) or [None] * len(shown))[i] for key in ('bboxes', 'areas'))
-            if box is None or area is None:
-                rle = segmentation_to_rle(segmentation, (image['height'], image['width']))
-                box, area = rle_ops.to_bbox(rle).tolist(), float(rle_ops.area(rle))
-            annotations.append(
+    for number, video in enumerate(data['videos']):
+        with _naming(entry_name('video', number, video)):
+            frames[video['id']] = [
                 {
-                    'id': len(annotations) + 1,
-                    'image_id': image['id'],
-                    'track_id': track['id'],
-                    'category_id': track.get('category_id', 1),
-                    'iscrowd': track.get('iscrowd', 0),
-                    'segmentation': segmentation,
-                    'bbox': box,
-                    'area': area,
+                    'id': len(images) + i,
+                    'file_name': name,
+                    'height': video['height'],
+                    'width': video['width'],
+                    'video_id': video['id'],
+                    'frame_idx': i - 1,
                 }
-            )
+                for i, name in enumerate(video['file_names'], start=1)
+            ]
+            images += frames[video['id']]
+    annotations: list[dict] = []
+    for number, track in enumerate(data['annotations']):
+        with _naming(entry_name('object', number, track)):
+            annotations += _shown(track, frames, len(annotations) + 1)
     categories = data.get('categories') or [{'id': 1, 'name': 'object'}]
     return {'images': images, 'annotations': annotations, 'categories': categories}
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Turn what a malformed entry raises into a ``ValueError`` that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f'{where} lacks {error}') from None
+    except (TypeError, IndexError) as error:
+        raise ValueError(f'{where} is not laid out as UVO does it ({error})') from None
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None
+
+
+def _shown(track: Mapping, frames: Mapping[int, list[dict]], first_id: int) -> list[dict]:
+    """Annotations of an object in the frames of its video that show it."""
+    if track['video_id'] not in frames:
+        raise ValueError(f'there is no video {track["video_id"]}')
+    images, segmentations = frames[track['video_id']], track['segmentations']
+    if len(segmentations) != len(images):
+        raise ValueError(
+            f'{len(segmentations)} masks for the {len(images)} frames of video {track["video_id"]}'
+        )
+    annotations: list[dict] = []
+    for i, (image, segmentation) in enumerate(zip(images, segmentations, strict=True)):
+        if not segmentation:
+            continue
+        box, area = ((track.get(key) or [None] * len(images))[i] for key in ('bboxes', 'areas'))
+        if box is None or area is None:
+            rle = segmentation_to_rle(segmentation, (image['height'], image['width']))
+            box, area = rle_ops.to_bbox(rle).tolist(), float(rle_ops.area(rle))
+        annotations.append(
+            {
+                'id': first_id + len(annotations),
+                'image_id': image['id'],
+                'track_id': track['id'],
+                'category_id': track.get('category_id', 1),
+                'iscrowd': track.get('iscrowd', 0),
+                'segmentation': segmentation,
+                'bbox': box,
+                'area': area,
+            }
+        )
+    return annotations

@@ -228,33 +228,3 @@ def decode_deltas(
 
     (x1, x2), (y1, y2) = axis(0), axis(1)
     return torch.stack([x1, y1, x2, y2], dim=1).transpose(1, 2)
-
-
-def encode_deltas(
-    anchors_xyxy: Tensor,
-    boxes_xyxy: Tensor,
-    stds: float | Sequence[float],
-    means: float | Sequence[float] = 0.0,
-) -> Tensor:
-    """The inverse of :func:`decode_deltas`; equal to mmdet's ``DeltaXYWHBBoxCoder.encode``.
-
-    Args:
-        anchors_xyxy: ``[..., 4]`` with positive sides.
-        boxes_xyxy: ``[..., 4]`` with positive sides.
-        stds: Standard deviations, one or four.
-        means: Means, one or four.
-
-    Returns:
-        Deltas ``[..., 4]``, float32.
-    """
-    stds, means = _four(stds), _four(means)
-    px1, py1, px2, py2 = anchors_xyxy.float().unbind(-1)
-    gx1, gy1, gx2, gy2 = boxes_xyxy.float().unbind(-1)
-    pw, ph = px2 - px1, py2 - py1
-    raw = (
-        ((gx1 + gx2) * 0.5 - (px1 + px2) * 0.5) / pw,
-        ((gy1 + gy2) * 0.5 - (py1 + py2) * 0.5) / ph,
-        ((gx2 - gx1) / pw).log(),
-        ((gy2 - gy1) / ph).log(),
-    )
-    return torch.stack([(d - m) / s for d, m, s in zip(raw, means, stds, strict=True)], dim=-1)

@@ -4,10 +4,12 @@ Shapes: G annotations or D results of one image, ``H W`` its size.
 """
 
 import json
+import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +87,20 @@ def read_json(path: JsonFile) -> Any:
         ) from None
 
 
-def load_coco(source: JsonFile | Mapping) -> dict:
-    """Read a COCO annotation file, or take a parsed one.
+def load_coco(source: JsonFile | Mapping, unchecked: Collection[str] = ()) -> dict:
+    """Read a COCO annotation file, or take a parsed one, and check it.
+
+    Args:
+        source: The file, or what it holds.
+        unchecked: As for :func:`bad_entries`.
 
     Raises:
         FileNotFoundError, ValueError: The file is missing, is not JSON, or is not COCO.
     """
     if isinstance(source, Mapping):
-        return check_coco(source)
-    return check_coco(read_json(source), os.fspath(source))
+        return check_entries(check_coco(source), unchecked=unchecked)
+    name = os.fspath(source)
+    return check_entries(check_coco(read_json(source), name), name, unchecked)
 
 
 def check_coco(data: Any, name: str = 'The annotations') -> dict:
@@ -124,6 +131,93 @@ def check_coco(data: Any, name: str = 'The annotations') -> dict:
                 f'{name}: not a COCO annotation file: it has no list "{key}" (it has {found}).'
             )
     return dict(data)
+
+
+def is_finite(values: Any, length: int) -> bool:
+    """Whether this is a list of so many finite numbers."""
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == length
+        and all(isinstance(v, Real) and math.isfinite(v) for v in values)
+    )
+
+
+SINGULAR = {'images': 'image', 'annotations': 'annotation', 'categories': 'category'}
+_INTEGER = 'an integer', lambda value: isinstance(value, Integral)
+_TEXT = 'text', lambda value: isinstance(value, str)
+_SIDE = 'a positive integer', lambda value: isinstance(value, Integral) and value > 0
+_FIELDS = {
+    'images': {'id': _INTEGER, 'file_name': _TEXT, 'height': _SIDE, 'width': _SIDE},
+    'categories': {'id': _INTEGER, 'name': _TEXT},
+    'annotations': {
+        'id': _INTEGER,
+        'image_id': _INTEGER,
+        'category_id': _INTEGER,
+        'bbox': ('four finite numbers', lambda value: is_finite(value, 4)),
+        'area': ('a finite number', lambda value: is_finite([value], 1)),
+    },
+}
+
+
+def entry_name(kind: str, index: int, entry: Any) -> str:
+    """What messages call an entry: by its id, or by its place (from 0) if it has none."""
+    name = entry.get('id') if isinstance(entry, Mapping) else None
+    return f'{kind} {f"number {index}" if name is None else name}'
+
+
+def bad_entries(
+    data: Mapping, unchecked: Collection[str] = ()
+) -> Iterator[tuple[str, int, str, str]]:
+    """Entries that lack a field or have one of another type.
+
+    Args:
+        data: Of :func:`check_coco`.
+        unchecked: Fields that need not be there and may hold anything.
+
+    Yields:
+        Name of the list, index in it, what to call the entry, what is wrong with it.
+    """
+    for key, fields in _FIELDS.items():
+        fields = {field: rule for field, rule in fields.items() if field not in unchecked}
+        for i, entry in enumerate(data[key]):
+            if not isinstance(entry, Mapping):
+                what = f'is a {type(entry).__name__}, not an object'
+            elif missing := [field for field in fields if field not in entry]:
+                what = f'lacks {", ".join(missing)}'
+            else:
+                wrong = (
+                    f'has the {field} {entry[field]!r}, which should be {wanted}'
+                    for field, (wanted, fits) in fields.items()
+                    if not fits(entry[field])
+                )
+                what = next(wrong, None)
+            if what:
+                yield key, i, entry_name(SINGULAR[key], i, entry), what
+
+
+def check_entries(
+    data: dict, name: str = 'The annotations', unchecked: Collection[str] = ()
+) -> dict:
+    """Check the entries of an annotation file (see :func:`check_coco`), and return it.
+
+    Args:
+        data, unchecked: As for :func:`bad_entries`.
+        name: What errors call the file.
+
+    Raises:
+        ValueError: An entry lacks a field or has one of another type, or an annotation is on an
+            image that is not listed; says which.
+    """
+    for _, _, where, what in bad_entries(data, unchecked):
+        raise ValueError(f'{name}: {where} {what}. tools/check_data.py lists all such entries.')
+    images = {image['id'] for image in data['images']}
+    lost = [ann['id'] for ann in data['annotations'] if ann['image_id'] not in images]
+    if lost:
+        raise ValueError(
+            f'{name}: {len(lost)} annotations are on images that it does not list, those with the '
+            f'ids {listed(lost, 5)}: add the images, or remove the annotations.'
+        )
+    return data
 
 
 def load_results(source: JsonFile | list) -> list[dict]:
@@ -223,20 +317,20 @@ def by_image(entries: Iterable[Mapping]) -> dict[int, list]:
     return groups
 
 
-def base_category_ids(categories: Iterable[Mapping], names: Collection[str]) -> set[int]:
+def base_category_ids(categories: Collection[Mapping], names: Collection[str]) -> set[int]:
     """Ids of the categories with these names.
 
     Raises:
         ValueError: A name is not among the categories; both sides are listed.
     """
-    ids = {category['name']: category['id'] for category in categories}
-    missing = [name for name in names if name not in ids]
+    known = dict.fromkeys(category['name'] for category in categories)
+    missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(
             f'{listed(missing)} not among the categories of the annotations, '
-            f'which are {listed(ids)}.'
+            f'which are {listed(known)}.'
         )
-    return {ids[name] for name in names}
+    return {category['id'] for category in categories if category['name'] in names}
 
 
 def listed(names: Iterable, limit: int = 20) -> str:

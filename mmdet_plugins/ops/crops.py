@@ -59,12 +59,11 @@ def expand_boxes(boxes_xyxy, margin_px: float, image_hw: tuple[int, int]) -> np.
 
 
 @contextmanager
-def crop_threads() -> Iterator[Run]:
+def crop_threads(workers: int) -> Iterator[Run]:
     """Yield what runs a function of an index for all indices below a number, in threads.
 
-    As many threads as torch uses on the CPU, each with every so-many-th index: one task a thread.
+    Each of the ``workers`` takes every so-many-th index: one task a thread.
     """
-    workers = torch.get_num_threads()
     with ThreadPoolExecutor(workers) as pool:
 
         def run(function: Callable[[int], None], number: int) -> None:

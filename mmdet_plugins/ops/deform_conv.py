@@ -39,7 +39,7 @@ def deform_conv2d(
 
     Returns:
         ``[N, O, h, w]`` in the type of ``features``; computed in float32 at least. Differentiable
-        in all tensors.
+        in all tensors; NaN where a tap's offset is not finite.
 
     Raises:
         ValueError: The sizes do not fit each other.
@@ -92,4 +92,4 @@ def _corners(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
     share = position - low
     inside = (lines >= 0) & (lines < size)
     weights = torch.stack([1 - share, share], -1) * inside
-    return lines.clamp(0, size - 1).long(), weights
+    return lines.nan_to_num(0).clamp(0, size - 1).long(), weights

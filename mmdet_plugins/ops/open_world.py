@@ -483,7 +483,8 @@ def evaluate_json(
         FileNotFoundError, ValueError: A file is missing or not what it should be, there is no
             image, or results name images that the annotations do not have.
     """
-    truth, found = load_coco(annotations), load_results(results)
+    truth = load_coco(annotations, unchecked=('file_name', 'height', 'width'))
+    found = load_results(results)
     base_ids = (
         None if base_categories is None else base_category_ids(truth['categories'], base_categories)
     )

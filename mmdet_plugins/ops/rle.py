@@ -155,10 +155,9 @@ def segmentation_to_rle(segmentation, image_hw: tuple[int, int]) -> RLE:
     """
     height, width = (int(v) for v in image_hw)
     if isinstance(segmentation, dict):
-        if list(segmentation.get('size', ())) != [height, width]:
-            raise ValueError(
-                f'an RLE of the size {segmentation.get("size")} on an image of {[height, width]}'
-            )
+        size = segmentation.get('size')
+        if not isinstance(size, list | tuple) or list(size) != [height, width]:
+            raise ValueError(f'an RLE of the size {size} on an image of {[height, width]}')
         try:
             return _json_ready(_coco.fr_py_objects(segmentation, height, width))
         except TypeError as error:

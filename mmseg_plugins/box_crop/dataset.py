@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmseg.registry import DATASETS
 
 from mmdet_plugins.common.uvo import coco_or_uvo
-from mmdet_plugins.ops.coco_json import read_json
+from mmdet_plugins.ops.coco_json import entry_name, read_json
 from mmdet_plugins.ops.rle import area, rle_to_xyxy, segmentation_to_rle
 
 
@@ -51,30 +51,33 @@ class BoxCropDataset(BaseDataset):
         images, annotations = self._read()
         skipped = defaultdict(list)
         data_list = []
-        for annotation in annotations:
-            ann_id = annotation.get('id')
+        for i, annotation in enumerate(annotations):
+            where = entry_name('annotation', i, annotation)
+            if not isinstance(annotation, dict):
+                skipped['not an object'].append(where)
+                continue
             image = images.get(annotation.get('image_id'))
             if image is None:
-                skipped['on an image that is not listed'].append(ann_id)
+                skipped['on an image that is not listed'].append(where)
                 continue
             if annotation.get('iscrowd', 0):
-                skipped['a crowd'].append(ann_id)
+                skipped['a crowd'].append(where)
                 continue
             try:
                 rle = segmentation_to_rle(
                     annotation.get('segmentation'), (image['height'], image['width'])
                 )
             except ValueError as error:
-                skipped[f'broken ({error})'].append(ann_id)
+                skipped[f'broken ({error})'].append(where)
                 continue
             if int(area([rle])[0]) < max(self.min_area_px, 1):
-                skipped['empty or too small'].append(ann_id)
+                skipped['empty or too small'].append(where)
                 continue
             data_list.append(
                 dict(
                     img_path=image['path'],
                     img_id=annotation['image_id'],
-                    ann_id=ann_id,
+                    ann_id=annotation.get('id'),
                     bbox_xyxy=rle_to_xyxy([rle])[0].tolist(),
                     rle=rle,
                     seg_fields=[],
@@ -82,8 +85,7 @@ class BoxCropDataset(BaseDataset):
             )
         if skipped:
             counts = '; '.join(
-                f'{len(ids)} {reason}, the first with the id {ids[0]}'
-                for reason, ids in skipped.items()
+                f'{len(names)} {reason}, the first {names[0]}' for reason, names in skipped.items()
             )
             print_log(f'{self.ann_file}: instances left out: {counts}', 'current', 30)
         if not data_list:

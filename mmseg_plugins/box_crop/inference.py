@@ -6,9 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from logging import WARNING
-from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -23,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import mmdet_plugins.common.runtime  # noqa: F401  (safe checkpoint loading)
 from mmdet_plugins.ops.crops import Run, crop_masks, crop_resize, crop_threads, expand_boxes
+from mmdet_plugins.ops.images import read_image
 from mmdet_plugins.ops.rle import RLE, encode_columns, encode_crops
 
 _MB = 2**20
@@ -147,12 +146,11 @@ class BoxSegmenter:
         mask_px = (crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1] + 1)
         mask_bytes = 3 * int(mask_px.max(initial=1))  # the buffer, its shifted comparison, runs
         share = self.memory_budget_mb * _MB / 8
-        size = int(min(max(share // mask_bytes, 1), _GROUP))
+        size = int(min(share // mask_bytes, _GROUP, len(crops))) or 1
+        workers = min(torch.get_num_threads(), size) if frame.device.type == 'cpu' else 1
         held_bytes += 2 * pixels.nbytes  # the decoded file's, and the frame on its device
-        held_bytes += mask_bytes * (
-            size + 2 * torch.get_num_threads()
-        )  # and one float map a thread
-        with crop_threads() as run:
+        held_bytes += mask_bytes * (size + 2 * workers)  # and one float map a worker
+        with crop_threads(workers) as run:
             for start in range(0, len(crops), size):
                 part = crops[start : start + size]
                 logits = torch.cat(list(self._batches(frame, part, held_bytes, run)))
@@ -266,45 +264,6 @@ class BoxSegmenter:
                 WARNING,
             )
         self._warned_empty = True
-
-
-def read_image(image: str | os.PathLike | bytes | np.ndarray) -> np.ndarray:
-    """Decode an image, or check an array, to contiguous BGR uint8 ``[H, W, 3]``.
-
-    Files of any kind OpenCV reads: grey, CMYK, with alpha (dropped), 16 bit (the upper 8), rotated
-    by EXIF. Arrays: ``[H, W]``, or ``[H, W, 1, 3 or 4]`` in BGR(A) order, uint8 or uint16.
-
-    Raises:
-        ValueError: If it is no such thing; names the file.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint16:
-            image = (image >> 8).astype(np.uint8)
-        channels = image.shape[2] if image.ndim == 3 else 1
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
-            raise ValueError(
-                f'an image array is uint8 [H, W, 3] in BGR order, not {image.dtype} {image.shape}'
-            )
-        image = image.reshape(*image.shape[:2], channels)
-        image = image.repeat(3, axis=2) if channels == 1 else image[:, :, :3]
-        name = 'the image array'
-    else:
-        if isinstance(image, bytes):
-            name, data = f'the image given as {len(image)} bytes', image
-        else:
-            name, data = str(image), Path(image).read_bytes()
-        # OpenCV fills what a cut-off JPEG lacks with grey. An embedded thumbnail ends in its first
-        # half, the picture itself does not.
-        cut_off = data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[len(data) // 2 :]
-        image = None
-        if data and not cut_off:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if image is None:
-            reason = 'is cut off' if cut_off else 'cannot be decoded as an image'
-            raise ValueError(f'{name} {reason}')
-    if image.size == 0:
-        raise ValueError(f'{name} has no pixels')
-    return np.ascontiguousarray(image)
 
 
 class _PeakBytes(TorchDispatchMode):

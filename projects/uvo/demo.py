@@ -249,7 +249,10 @@ def main() -> None:
     stages = [detector, segmenter]
     if args.compare:
         stages.append(stage('compared detector', 'mmdet', args.compare, detector.iters))
-    settings = {'data': two_stage.digest(data / 'instances_train.json')}
+    settings = {
+        f'{split} data': two_stage.digest(data / f'instances_{split}.json')
+        for split in ('train', 'val')
+    }
     for s in stages:
         settings[f'{s.name} config'] = two_stage.config_digest(s.config)
         settings[f'{s.name} length'] = s.iters

@@ -7,8 +7,8 @@ IMAGES is a folder or a COCO JSON; OUT.json is a list of COCO results in the for
 challenge, best score first in each image. Finished images are kept beside OUT.json as lines of
 ``OUT.json.parts/*.jsonl``, so that a run that was killed goes on where it was: at most the image in
 work is lost. The parts know the configs, checkpoints and options that made them and are never mixed
-with others. An image that cannot be read is named, listed in ``OUT.json.failed.json`` and tried
-again by the next run; the others go on.
+with others. An image that cannot be read or worked on is named, listed in ``OUT.json.failed.json``
+and tried again by the next run; the others go on, and the exit status is 1.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import cv2
-import mmcv
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -39,6 +38,8 @@ from mmengine.runner import load_checkpoint
 
 import mmdet_plugins.common.runtime  # noqa: F401  (safe checkpoint loading)
 from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.ops.coco_json import bad_entries, read_json
+from mmdet_plugins.ops.images import read_image
 
 CATEGORY_ID = 1
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
@@ -60,10 +61,6 @@ class Model(NamedTuple):
     checkpoint: str | None
 
 
-class BadImage(Exception):
-    """An image that cannot be decoded or is not what its JSON says."""
-
-
 def list_images(source: Path, image_root: Path | None) -> list[Image]:
     """Images of a folder, numbered from 1 by name, or of a COCO JSON.
 
@@ -77,33 +74,20 @@ def list_images(source: Path, image_root: Path | None) -> list[Image]:
         ]
     else:
         content = _read_json(source)
-        if not isinstance(content, dict) or 'images' not in content:
+        listed = content.get('images') if isinstance(content, dict) else None
+        if not isinstance(listed, list):
             raise SystemExit(f'{source}: not a COCO JSON, it has no list "images"')
+        for _, _, where, what in bad_entries(dict(images=listed, annotations=[], categories=[])):
+            raise SystemExit(f'{source}: {where} {what}')
         folder = source.parent / 'images'
         root = image_root or (folder if folder.is_dir() else source.parent)
         images = [
             Image(i['id'], i['file_name'], root / i['file_name'], (i['height'], i['width']))
-            for i in content['images']
+            for i in listed
         ]
     if not images:
         raise SystemExit(f'{source}: no image found')
     return images
-
-
-def read_image(image: Image) -> np.ndarray:
-    """Pixels [H, W, 3] uint8 BGR, turned as EXIF says unless the JSON gives the unturned size."""
-    found = None
-    for flag in ('color', 'color_ignore_orientation'):
-        try:
-            pixels = mmcv.imfrombytes(image.path.read_bytes(), flag=flag)
-        except (OSError, cv2.error, ValueError) as error:
-            raise BadImage(getattr(error, 'strerror', None) or str(error)) from error
-        if pixels is None:
-            raise BadImage('no image that OpenCV can decode')
-        if image.hw is None or pixels.shape[:2] == tuple(image.hw):
-            return pixels
-        found = found or pixels.shape[:2]
-    raise BadImage(f'is {found[0]}x{found[1]} (HxW), its JSON says {image.hw[0]}x{image.hw[1]}')
 
 
 def read_boxes(path: Path, images: list[Image]) -> dict[int, list[dict]]:
@@ -197,7 +181,10 @@ class Parts:
         return self.folder / f'{rank:03d}.jsonl'
 
     def scan(self) -> dict[str, tuple[Path, int]]:
-        """Where the record of each finished image lies: file and offset. Drops a torn last line."""
+        """Where the record of each finished image lies: file and offset.
+
+        Drops a torn last line; the image of any other broken line counts as not done.
+        """
         places = {}
         for path in sorted(self.folder.glob('*.jsonl')):
             with locked(path) as file:
@@ -205,9 +192,12 @@ class Parts:
                 for line in file:
                     if not line.endswith(b'\n'):
                         break
-                    record = json.loads(line)
-                    if 'failed' not in record:
-                        places[record['file']] = path, end
+                    try:
+                        record = json.loads(line)
+                        if 'failed' not in record:
+                            places[record['file']] = path, end
+                    except (ValueError, TypeError, KeyError):
+                        print(f'{path}: the line at byte {end} is broken and not used', flush=True)
                     end += len(line)
                 file.truncate(end)
         return places
@@ -274,7 +264,7 @@ def work(
         for image in images:
             record: dict = dict(file=image.name)
             try:
-                pixels = read_image(image)
+                pixels = read_image(image.path, image.hw)
                 if detector:
                     found = detector(pixels)
                 else:
@@ -293,10 +283,9 @@ def work(
                         *kept, segmenter(pixels, kept[0], output='rle'), strict=True
                     )
                 ]
-            except BadImage as error:
-                record['failed'] = f'{image.path}: {error}'
-            except torch.cuda.OutOfMemoryError as error:
-                record['failed'] = f'{image.path}: out of GPU memory ({error})'
+            except (OSError, ValueError, cv2.error, torch.cuda.OutOfMemoryError) as error:
+                reason = str(error).removeprefix(f'{image.path} ').strip()
+                record['failed'] = f'{image.path}: {reason}'
             file.write(json.dumps(record).encode() + b'\n')
             file.flush()
             os.fsync(file.fileno())
@@ -396,11 +385,9 @@ def write_results(out: Path, images: list[Image], places: dict[str, tuple[Path, 
 
 def _read_json(path: Path) -> dict | list:
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise SystemExit(f'{path}: {error.strerror}') from error
-    except ValueError as error:
-        raise SystemExit(f'{path}: not JSON ({error})') from error
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def config_digest(path: str | Path) -> str:
@@ -417,7 +404,7 @@ def digest(path: str | Path | None) -> str | None:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -467,13 +454,15 @@ def main(argv: list[str] | None = None) -> None:
     if failures:
         with atomic_write(failed) as file:
             json.dump(failures, file, indent=1)
-        print(f'{len(failures)} images failed, listed in {failed}')
     if args.images.is_dir():
         listing = [dict(id=image.id, file_name=image.name) for image in images]
         with atomic_write(args.out.with_name(args.out.name + '.images.json')) as file:
             json.dump(dict(images=listing), file)
-    print(f'{count} objects in {len(images)} images: {args.out}')
+    print(f'{count} objects in {len(images) - len(failures)} images: {args.out}')
+    if failures:
+        print(f'{len(failures)} of {len(images)} images failed, listed in {failed}')
+    return int(bool(failures))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

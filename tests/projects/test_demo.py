@@ -14,6 +14,26 @@ import pytest
 from mmdet_plugins.common.synthetic import make_demo_data
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'projects/uvo'))
+import demo  # noqa: E402
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_a_folder_goes_on_with_the_same_data_only(split, tmp_path, monkeypatch):
+    def stop(*args):
+        raise InterruptedError
+
+    make_demo_data(tmp_path / 'data', num_train=1, num_val=1, size_hw=(96, 128))
+    command = ['demo.py', '--data', str(tmp_path / 'data'), '--out', str(tmp_path / 'out')]
+    monkeypatch.setattr(sys, 'argv', command)
+    monkeypatch.setattr(demo, 'train', stop)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            demo.main()
+    annotations = tmp_path / f'data/instances_{split}.json'
+    annotations.write_text(annotations.read_text() + ' ')
+    with pytest.raises(SystemExit, match=f'was made with another {split} data: give another'):
+        demo.main()
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'projects/uvo'))
 import two_stage  # noqa: E402
 
+from mmseg_plugins.box_crop import BoxSegmenter  # noqa: E402
+
 SEGMENTER = str(ROOT / 'configs/uvo/tiny/box-crop_tiny_demo.py')
 DETECTOR = str(ROOT / 'configs/uvo/tiny/cascade-rpn_tiny_demo.py')
 
@@ -42,9 +44,10 @@ def scene(tmp_path):
     return tmp_path
 
 
-def run(scene, out='out.json', *options, segmenter=SEGMENTER):
+def run(scene, out='out.json', *options, segmenter=SEGMENTER, status=0):
     arguments = [str(scene / 'set.json'), str(scene / out), '--boxes', str(scene / 'boxes.json')]
-    two_stage.main([*arguments, '--segmenter', segmenter, '--devices', 'cpu', *options])
+    arguments += ['--segmenter', segmenter, '--devices', 'cpu', *options]
+    assert two_stage.main(arguments) == status
     return json.loads((scene / out).read_text())
 
 
@@ -99,18 +102,48 @@ def test_bad_images_are_named_and_tried_again(scene, capsys):
     (scene / 'images/2.png').write_bytes(b'no image')
     (scene / 'images/3.png').unlink()
     cv2.imwrite(str(scene / 'images/4.png'), np.zeros((80, 64, 3), np.uint8))
-    results = run(scene)
+    results = run(scene, status=1)
     assert results == [r for r in good if r['image_id'] not in (12, 13, 14)]
     failed = json.loads((scene / 'out.json.failed.json').read_text())
     assert [Path(line.split(': ')[0]).name for line in failed] == ['2.png', '3.png', '4.png']
-    assert 'OpenCV' in failed[0] and 'No such file' in failed[1]
-    assert 'is 80x64 (HxW), its JSON says 48x80' in failed[2]
-    assert '3 images failed' in capsys.readouterr().out
+    assert 'cannot be decoded' in failed[0] and 'No such file' in failed[1]
+    assert 'is 64 x 80 pixels, the annotations say 80 x 48' in failed[2]
+    assert '3 of 6 images failed' in capsys.readouterr().out
 
     for i, content in kept.items():
         (scene / f'images/{i}.png').write_bytes(content)
     assert run(scene) == good
     assert not (scene / 'out.json.failed.json').exists()
+
+
+def test_errors_on_one_image_do_not_stop_the_others(scene, capsys, monkeypatch):
+    good = run(scene, 'good.json')
+
+    def fail(self, image, boxes, output):
+        for number, error in ((1, ValueError('too small a budget')), (2, cv2.error('resize'))):
+            if np.array_equal(image, cv2.imread(str(scene / f'images/{number}.png'))):
+                raise error
+        return segment(self, image, boxes, output)
+
+    segment = BoxSegmenter.__call__
+    monkeypatch.setattr(BoxSegmenter, '__call__', fail)
+    assert run(scene, status=1) == [r for r in good if r['image_id'] not in (11, 12)]
+    failed = json.loads((scene / 'out.json.failed.json').read_text())
+    assert failed == [f'{scene}/images/1.png: too small a budget', f'{scene}/images/2.png: resize']
+    assert capsys.readouterr().out.splitlines()[-1].startswith('2 of 6 images failed')
+    monkeypatch.undo()
+    assert run(scene) == good
+
+
+def test_a_broken_line_costs_its_image_alone(scene, capsys):
+    good = run(scene)
+    part = scene / 'out.json.parts/000.jsonl'
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b''.join([*lines[:3], b'\x00\xff{broken\n', b'7\n', *lines[4:]]))
+    assert run(scene) == good
+    said = capsys.readouterr().out
+    assert f'{part}: the line at byte {sum(map(len, lines[:3]))} is broken' in said
+    assert '5 of 6 images are done already' in said
 
 
 def test_parts_are_not_mixed_with_other_settings(scene, tmp_path):
@@ -132,6 +165,14 @@ def test_inputs_that_make_no_sense_are_explained(scene):
         run(scene)
     (scene / 'boxes.json').write_text('[{"image_id": 10}]')
     with pytest.raises(SystemExit, match=r'image_id, bbox \[x, y, w, h\] and score'):
+        run(scene)
+    content = json.loads((scene / 'set.json').read_text())
+    del content['images'][2]['height']
+    (scene / 'set.json').write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match='set.json: image 12 lacks height'):
+        run(scene)
+    (scene / 'set.json').write_text('[')
+    with pytest.raises(SystemExit, match='set.json: not valid JSON at line 1'):
         run(scene)
     (scene / 'set.json').write_text('[]')
     with pytest.raises(SystemExit, match='no list "images"'):
@@ -169,20 +210,3 @@ def test_detector_gives_what_mmdet_gives(scene):
     np.testing.assert_allclose([r['bbox'][:2] for r in results], xyxy[:, :2], atol=0.01)
     listing = json.loads((scene / 'out.json.images.json').read_text())['images']
     assert listing[3] == dict(id=4, file_name='3.png')
-
-
-def test_exif_rotation_follows_the_size_in_the_json(tmp_path):
-    pixels = np.zeros((40, 60, 3), np.uint8)
-    pixels[:20] = 255
-    encoded = cv2.imencode('.jpg', pixels)[1].tobytes()
-    # Orientation 6: the reader turns the stored image by 90 degrees, clockwise.
-    tiff = b'MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0'
-    exif = b'Exif\0\0' + tiff
-    marker = b'\xff\xe1' + (len(exif) + 2).to_bytes(2, 'big') + exif
-    path = tmp_path / 'turned.jpg'
-    path.write_bytes(encoded[:2] + marker + encoded[2:])
-
-    turned = two_stage.read_image(two_stage.Image(1, path.name, path, (60, 40)))
-    stored = two_stage.read_image(two_stage.Image(1, path.name, path, (40, 60)))
-    assert turned[:, 25:].mean() > 250 and turned[:, :15].mean() < 5
-    assert stored[:15].mean() > 250 and stored[25:].mean() < 5

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _common import CocoFile  # noqa: E402
 
-from mmdet_plugins.common.uvo import uvo_to_coco  # noqa: E402
-from mmdet_plugins.ops.coco_json import read_json  # noqa: E402
+from mmdet_plugins.common.uvo import coco_or_uvo  # noqa: E402
+from mmdet_plugins.ops.coco_json import check_entries, read_json  # noqa: E402
 
 
 def convert(path: str, images: Path | None) -> CocoFile:
-    data = uvo_to_coco(read_json(path))
+    data = check_entries(coco_or_uvo(read_json(path), path), path)
     coco = CocoFile(())
     coco.category_ids = {category['name']: category['id'] for category in data['categories']}
     coco.images, coco.annotations = data['images'], data['annotations']

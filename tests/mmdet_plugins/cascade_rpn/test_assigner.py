@@ -8,6 +8,7 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
 from mmdet_plugins.cascade_rpn import UVOSimOTAAssigner
+from mmdet_plugins.cascade_rpn.assigner import assign_slots
 
 
 def scene(num_priors: int, gts: list, seed: int = 0) -> tuple[InstanceData, InstanceData]:
@@ -81,6 +82,19 @@ def test_no_objects():
 def test_object_outside_the_priors_gets_none():
     pred, gt = scene(20, [[500, 500, 520, 540]])
     assert UVOSimOTAAssigner().assign(pred, gt).gt_inds.tolist() == [0] * 20
+
+
+def test_no_positive_is_forced_on_an_object_outside_the_image():
+    pred, gt = scene(20, [[500, 500, 520, 540]])
+    first, second = (UVOSimOTAAssigner(topk, ensure_positive=True) for topk in (10, 20))
+    pred.valid_flags = torch.ones(20, dtype=torch.bool)
+    for height, forced in ((600, 1), (500, 0)):
+        meta = dict(img_shape=(height, 600))
+        geometry = dict(strides=torch.ones(20), img_meta=meta)
+        assert (first.assign(pred, gt, img_meta=meta).gt_inds > 0).sum() == forced
+        for other in (second, UVOSimOTAAssigner(20, iou_weight=1.0, ensure_positive=True)):
+            for slot in assign_slots(first, other, pred, gt, None, geometry):
+                assert (slot >= 0).sum() == forced
 
 
 def test_invalid_and_ignored_priors_take_no_part():

@@ -152,6 +152,27 @@ def test_image_entries_without_a_size(sound, image):
 
 
 @pytest.mark.parametrize(
+    'key, field, value',
+    [
+        ('images', 'id', [1]),
+        ('images', 'file_name', 7),
+        ('annotations', 'id', [2]),
+        ('annotations', 'image_id', {}),
+        ('annotations', 'category_id', [1]),
+        ('annotations', 'category_id', None),
+        ('categories', 'id', [1]),
+        ('categories', 'name', None),
+    ],
+)
+def test_fields_of_another_type(sound, tmp_path, key, field, value):
+    sound[key][0][field] = value
+    path = tmp_path / 'annotations.json'
+    path.write_text(json.dumps(sound))
+    found = [str(problem) for problem in check_data(path, tmp_path) if problem.kind == 'field']
+    assert len(found) == 1 and f'has the {field} {value!r}, which should be' in found[0]
+
+
+@pytest.mark.parametrize(
     'text, message',
     [
         ('{"images": [', 'not valid JSON at line 1, column 13'),
@@ -159,7 +180,7 @@ def test_image_entries_without_a_size(sound, image):
         ('[]', 'this is a list'),
         ('{"a": 1}', 'it has no list "images" (it has a)'),
         ('3', 'this is a int'),
-        ('{"videos": [{"id": 1}], "annotations": []}', "'file_names'"),
+        ('{"videos": [{"id": 1}], "annotations": []}', "video 1 lacks 'file_names'"),
     ],
 )
 def test_files_that_are_not_coco(tmp_path, text, message):

@@ -1,3 +1,4 @@
+import argparse
 import codecs
 import collections
 import copyreg
@@ -153,6 +154,13 @@ def test_reads_the_state_of_every_scheduler(name, tmp_path):
     assert_same(load_file(save(content, tmp_path / 'a.pth')), content)
 
 
+@pytest.mark.parametrize('legacy', [False, True], ids=['zip', 'legacy'])
+def test_reads_the_command_line_that_research_code_keeps(legacy, tmp_path):
+    args = argparse.Namespace(lr=0.1, layers=[3, 4], data=argparse.Namespace(root='a'))
+    content = dict(model={'w': torch.ones(2)}, args=args)
+    assert_same(load_file(save(content, tmp_path / 'a.pth', legacy=legacy)), content)
+
+
 def attacks(touch: str) -> dict[str, Reduced]:
     """Contents that would run ``touch`` or get at what could, by what they ask for."""
     return {
@@ -188,6 +196,7 @@ def test_refuses_what_no_checkpoint_needs(asks_for, legacy, tmp_path):
 
 COUNTER = 'collections', 'Counter', b'\x93'
 REBUILD = 'torch._utils', '_rebuild_tensor_v2', b'\x93'
+NAMESPACE = 'argparse', 'Namespace', b'\x93)\x81'
 HISTORY = 'mmengine.logging.history_buffer', 'HistoryBuffer.mean.__globals__', b'\x93'
 
 
@@ -204,6 +213,8 @@ HISTORY = 'mmengine.logging.history_buffer', 'HistoryBuffer.mean.__globals__', b
         # BUILD with (None, {...}) sets attributes, of the shared class or function itself
         ('setting the state of', opcodes(*COUNTER, b'N}', 'update', b'Ns\x86b')),
         ('setting the state of', opcodes(*REBUILD, b'N}', '__defaults__', b'Ns\x86b')),
+        # BUILD calls a __setstate__ of the instance, and sets attributes such as __class__
+        ('setting the state of', opcodes(*NAMESPACE, b'N}', '__class__', *COUNTER, b's\x86b')),
         # a call of what a call has returned, then the other opcodes that call
         ('a call of Counter', opcodes(*COUNTER, b')R)R')),
         ('an obsolete way', opcodes(*COUNTER, b')}\x92')),
@@ -215,6 +226,7 @@ HISTORY = 'mmengine.logging.history_buffer', 'HistoryBuffer.mean.__globals__', b
         'dotted_allowed',
         'class_state',
         'function_state',
+        'namespace_class',
         'result',
         'ex',
         'obj',
@@ -228,6 +240,14 @@ def test_refuses_opcodes_that_go_round_the_list(asks_for, data, tmp_path):
         load_file(path)
     assert torch._utils._rebuild_tensor_v2.__defaults__ == defaults
     assert collections.Counter.update is update
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol 4')
+def test_a_namespace_has_no_hooks(tmp_path):
+    hook = opcodes(*NAMESPACE, b'}', '__setstate__', *COUNTER, b'sb}', 'a', b'K\x01sb')
+    loaded = load_file(edit_pickle(save({}, tmp_path / 'a.pth'), lambda _: hook))
+    assert type(loaded) is argparse.Namespace
+    assert vars(loaded) == {'__setstate__': collections.Counter, 'a': 1}
 
 
 def test_refuses_a_registered_extension(tmp_path):

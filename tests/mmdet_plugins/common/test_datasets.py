@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
+from mmengine.dataset import Compose
+from mmengine.registry import DefaultScope
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 from mmdet_plugins.common.datasets import OpenWorldCocoDataset, UVODataset
+from mmdet_plugins.common.open_world_metric import OpenWorldMetric
 from mmdet_plugins.common.uvo import uvo_to_coco
 
 NAMES = ['cat', 'traffic light', 'ufo']
@@ -136,11 +140,26 @@ def _spoil(change):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda d: d['annotations'][1].update(id=1), 'ids of annotations must be .* differ.*: 1'),
-        (lambda d: d['images'][1].pop('id'), 'ids of images'),
-        (lambda d: d['annotations'][1].pop('area'), 'annotation 2 needs a bbox .* and an area'),
-        (lambda d: d['annotations'][1].update(bbox=[0, 0, float('nan'), 4]), 'annotation 2 needs'),
-        (lambda d: d['images'][2].pop('height'), "image 3 .*lacks 'height'"),
+        (lambda d: d['annotations'][1].update(id=1), 'ids of annotations must differ.*: 1'),
+        (lambda d: d['images'][1].pop('id'), 'image number 1 lacks id'),
+        (lambda d: d['images'][2].pop('height'), 'image 3 lacks height'),
+        (lambda d: d['images'][2].update(height='100'), "image 3 has the height '100', which"),
+        (lambda d: d['images'][2].update(file_name=None), 'image 3 has the file_name None'),
+        (lambda d: d['categories'][0].pop('name'), 'category 11 lacks name'),
+        (lambda d: d['annotations'].insert(1, None), 'annotation number 1 is a NoneType, not an'),
+        (lambda d: d['annotations'][1].pop('image_id'), 'annotation 2 lacks image_id'),
+        (lambda d: d['annotations'][1].pop('category_id'), 'annotation 2 lacks category_id'),
+        (lambda d: d['annotations'][1].pop('area'), 'annotation 2 lacks area'),
+        (lambda d: d['annotations'][1].update(area=None), 'annotation 2 has the area None, which'),
+        (lambda d: d['annotations'][1].update(category_id=None), 'annotation 2 has the category_'),
+        (lambda d: d['annotations'][1].update(category_id='4'), 'annotation 2 has the category_'),
+        (lambda d: d['annotations'][1].update(image_id=[1]), 'annotation 2 has the image_id'),
+        (
+            lambda d: d['annotations'][1].update(bbox=[0, 0, float('nan'), 4]),
+            r'annotation 2 has the bbox \[0, 0, nan, 4\], which should be four finite numbers',
+        ),
+        (lambda d: d['annotations'][1].update(bbox=[0, 0, '3', 4]), 'annotation 2 has the bbox'),
+        (lambda d: d['images'].pop(0), '5 annotations are on images .* ids 1, 2, 3, 4, 6: add'),
         (lambda d: d.pop('categories'), 'annotations.json: not a COCO annotation file'),
         (lambda d: d.update(annotations=[]), 'none of its 3 images can be used: 3 have no valid'),
     ],
@@ -148,6 +167,32 @@ def _spoil(change):
 def test_bad_entries_are_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         _build(tmp_path, _spoil(change), filter_cfg={'filter_empty_gt': True})
+    if 'image_id' in message or 'bbox' in message:  # what the metric would stumble over as well
+        with pytest.raises(ValueError, match=message):
+            OpenWorldMetric(str(tmp_path / 'annotations.json'))
+
+
+def test_class_agnostic_objects_need_no_category(tmp_path):
+    every = _instances(_build(tmp_path, _coco()))
+    assert len(every) == 4
+    for categories in ([], _coco()['categories'][:1], [{'id': 4, 'name': 'cat'}]):
+        data = {**_coco(), 'categories': categories}
+        assert _instances(_build(tmp_path, data)) == every
+        with pytest.raises(ValueError, match='have the category ids .*30, which it does not list'):
+            _build(tmp_path, data, class_agnostic=False)
+
+
+def test_two_categories_of_one_name_are_one_class(tmp_path):
+    data = _coco()
+    data['categories'][2]['name'] = 'cat'  # 11 and 30
+    assert len(_instances(_build(tmp_path, data))) == 4
+    dataset = _build(tmp_path, data, class_agnostic=False)
+    assert dataset.metainfo['classes'] == ('cat', 'traffic light')
+    assert [label for _, label, _ in _instances(dataset)] == [0, 0, 1, 0]
+    base = _build(tmp_path, data, base_categories=['cat'])
+    assert [box for box, _, _ in _instances(base)] == [
+        box for box, label, _ in _instances(dataset) if label == 0
+    ]
 
 
 def test_bad_files_are_named(tmp_path):
@@ -160,6 +205,36 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / '1.jpg').touch()
     with pytest.raises(FileNotFoundError, match='2 of the 3 images .* missing, among .*2.jpg'):
         _build(tmp_path, _coco(), check_images=True, data_prefix={'img': str(tmp_path)})
+
+
+@pytest.mark.parametrize('tta', [False, True])
+def test_an_image_of_another_size_is_named(tmp_path, tta):
+    picture = Image.fromarray(np.zeros((120, 90, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn, as 90 x 120
+    picture.save(tmp_path / '1.jpg', exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / '2.jpg')
+    picture.save(tmp_path / '3.jpg')
+    dataset = _build(tmp_path, _coco(), data_prefix={'img': str(tmp_path)})
+
+    def samples(**loading):
+        steps = [
+            {'type': 'Resize', 'scale': (60, 60), 'keep_ratio': True},
+            {'type': 'PackDetInputs'},
+        ]
+        if tta:
+            steps = [{'type': 'TestTimeAug', 'transforms': [[step] for step in steps]}]
+        loading = {'type': 'LoadImageFromFile', **loading}
+        dataset.pipeline = Compose([{**step} for step in (loading, *steps)])
+        return dataset
+
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        assert samples()[0] and samples()[1]
+        message = '3.jpg is 90 x 120 pixels, .*annotations.json says 120 x 90: .*ignore_orientation'
+        with pytest.raises(ValueError, match=message):
+            samples()[2]
+        with pytest.raises(ValueError, match='1.jpg is 90 x 120 pixels'):
+            samples(color_type='color_ignore_orientation')[0]
 
 
 def _uvo():
@@ -235,10 +310,21 @@ def test_uvo_sparse_is_coco(tmp_path):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda d: d['annotations'][1].update(video_id=8), 'object 6 of video 8: there is no such'),
+        (lambda d: d['annotations'][1].update(video_id=8), 'object 6: there is no video 8'),
         (
             lambda d: d['annotations'][0]['segmentations'].pop(),
-            'object 5 of video 7: 2 masks for 3',
+            'object 5: 2 masks for the 3 frames of video 7',
+        ),
+        (lambda d: d['videos'][1].pop('file_names'), "video 3 lacks 'file_names'"),
+        (lambda d: d['videos'][1].pop('height'), "video 3 lacks 'height'"),
+        (lambda d: d['videos'][1].pop('id'), "video number 1 lacks 'id'"),
+        (lambda d: d['videos'].append(7), 'video number 2 is not laid out as UVO does'),
+        (lambda d: d['videos'][1].update(file_names=None), 'video 3 is not laid out as UVO does'),
+        (lambda d: d['annotations'][1].pop('segmentations'), "object 6 lacks 'segmentations'"),
+        (lambda d: d['annotations'][0]['areas'].pop(), 'object 5 is not laid out as UVO does'),
+        (
+            lambda d: d['annotations'][1]['segmentations'][1].update(size=None),
+            'object 6: an RLE of the size None',
         ),
         (lambda d: d.pop('annotations'), 'not a UVO file'),
     ],

@@ -157,3 +157,28 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
     learning_rate = runner.message_hub.get_scalar('train/lr').data[0]
     expected = [0.01, 0.055, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001]
     assert learning_rate.tolist() == pytest.approx(expected)
+
+
+def test_a_resumed_run_without_a_given_seed_goes_on_with_the_order_of_samples(tiny_run, tmp_path):
+    broken = tiny_run.build(tmp_path / 'broken', seed=None, stop_at=5)
+    with pytest.raises(InterruptedError):
+        broken.train()
+    fetched = {name: tmp_path / name for name in ('whole', 'resumed')}
+    tiny_run.build(tmp_path / 'run', seed=broken.seed, fetched=str(fetched['whole'])).train()
+    resumed = tiny_run.build(
+        tmp_path / 'broken', seed=None, resume=True, fetched=str(fetched['resumed'])
+    )
+    assert resumed.seed != broken.seed
+    resumed.train()
+    whole, rest = (path.read_text().split() for path in fetched.values())
+    assert rest == whole[4 * BATCH :]
+
+
+def test_a_seed_of_the_sampler_alone_stays(tiny_run, tmp_path):
+    loader = build_loader(tiny_run, tmp_path / 'log', 'InfiniteSampler', workers=0)
+    recorder = Recorder()
+    recorder.seed = 1
+    loop = ResumableIterBasedTrainLoop(recorder, loader, 1)
+    recorder.seed = 2
+    loop.run()
+    assert loader.sampler.seed == 5

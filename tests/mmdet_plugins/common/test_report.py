@@ -12,13 +12,12 @@ from pycocotools.cocoeval import COCOeval
 from mmdet_plugins.common import report, report_page
 from mmdet_plugins.common.overlays import (
     SHIFT,
-    UnreadableImage,
     colours,
     draw,
     outlines,
     picture_scale,
-    read_image,
 )
+from mmdet_plugins.ops.open_world import evaluate_json
 from mmdet_plugins.ops.rle import encode_masks
 
 HW = (60, 90)
@@ -95,6 +94,18 @@ def test_curve_goes_through_the_values_of_pycocotools(masks):
     recall = evaluation.eval['recall'][:, 0, 0]  # T × budgets, all areas
     assert 0.05 < recall[..., 1].mean() < 0.95
     np.testing.assert_allclose(curve, recall.mean(0), rtol=0, atol=1e-12)
+
+
+def test_equal_scores_go_by_category_as_in_the_table():
+    mask = ellipse(40, 30, 15, 10)
+    truth, _ = make(num_images=1)
+    truth['annotations'] = [entry(mask, image_id=1, id=1, area=float(mask.sum()))]
+    hit = entry(mask, image_id=1, score=0.5) | {'category_id': 2}
+    miss = entry(ellipse(8, 8, 4, 4), image_id=1, score=0.5)
+    ranks = report._Evaluated(truth, {'ours': [hit, miss]}).ranks('ours')
+    table = evaluate_json(truth, [hit, miss], max_dets=(1, 2))
+    assert [table['segm_AR@1'], table['segm_AR@2']] == [0, 1]
+    assert report.recall_curve(ranks, [1, 2]) == [0, 1]
 
 
 def test_size_bins():
@@ -181,19 +192,6 @@ def test_partners_share_a_colour_on_both_sides(data):
     assert not (nothing == 255).all(-1).any()
 
 
-def test_trouble_with_image_files(tmp_path):
-    (tmp_path / 'text.jpg').write_text('not a picture')
-    cv2.imwrite(str(tmp_path / 'small.png'), np.zeros((20, 30, 3), np.uint8))
-    for name, sentence in (
-        ('gone.jpg', 'there is no such file'),
-        ('text.jpg', 'cannot be decoded'),
-        ('small.png', 'is 30 × 20 pixels, the annotations say 90 × 60'),
-    ):
-        with pytest.raises(UnreadableImage, match=sentence):
-            read_image(tmp_path / name, HW)
-    assert read_image(tmp_path / 'small.png', (20, 30)).shape == (20, 30, 3)
-
-
 def external_references(html):
     """Whatever a browser would fetch."""
     markup = re.sub(r'<script>.*?</script>', '', html, flags=re.DOTALL)
@@ -231,7 +229,7 @@ def test_page_without_images_objects_or_results(data):
     (root / '3.jpg').unlink()
     (root / '4.jpg').write_text('not a picture')
     page = report.write_report(truth, root, {'ours': []}, root / 'a.html', num_images=8).read_text()
-    assert '3.jpg there is no such file' in page and '4.jpg cannot be decoded' in page
+    assert '>3.jpg cannot be read: No such file' in page and '4.jpg cannot be decoded' in page
     assert page.count('image file unreadable') == 2
     assert '0 of 6 found' in page or '0 of 5 found' in page
 

@@ -15,6 +15,7 @@ from mmengine.runner import CheckpointLoader
 
 from mmdet_plugins.common import runtime
 
+MASTER = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29500'}
 NEEDS_OPERATORS = """
 import torch
 from . import early
@@ -104,13 +105,15 @@ def test_the_installed_torchvision_imports(repo):
     [
         ({}, 'cpu', False),
         ({'RANK': '0'}, 'cpu', False),
-        ({'RANK': '0', 'WORLD_SIZE': '1'}, 'cpu', True),
-        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'cuda', False),
-        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'cpu', True),
+        ({'RANK': '0', 'WORLD_SIZE': '1'}, 'cpu', False),
+        ({'RANK': '0', 'WORLD_SIZE': '1', 'MASTER_ADDR': 'a'}, 'cpu', False),
+        ({'RANK': '0', 'WORLD_SIZE': '1', **MASTER}, 'cpu', True),
+        ({'RANK': '1', 'WORLD_SIZE': '2', **MASTER}, 'cuda', False),
+        ({'RANK': '1', 'WORLD_SIZE': '2', **MASTER}, 'cpu', True),
     ],
 )
 def test_a_process_group_starts_only_for_cpu_ranks(environment, device, starts, monkeypatch):
-    for name in 'RANK', 'WORLD_SIZE':
+    for name in 'RANK', 'WORLD_SIZE', *MASTER:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -95,6 +95,7 @@ def build(
     stop_at: int | None = None,
     checkpoint: dict | None = None,
     validate: bool = False,
+    seed: int | None = 0,
     **kwargs,
 ) -> Runner:
     """Build a run of 8 iterations (2 epochs of 4) that saves after every second one (every one)."""
@@ -125,7 +126,7 @@ def build(
         ],
         default_hooks=dict(checkpoint=dict(options, **(checkpoint or {}))),
         custom_hooks=[] if stop_at is None else [dict(type='TinyStop', at=stop_at)],
-        randomness=dict(seed=0),
+        randomness=dict(seed=seed),
         experiment_name=f'tiny_{os.getpid()}_{build.count}',
         log_level='WARNING',
         **(val if validate else {}),

@@ -6,7 +6,6 @@ from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
 from mmdet_plugins.ops.cascade_geometry import (
     adaptive_offsets,
     decode_deltas,
-    encode_deltas,
     grid_anchors,
     valid_flags,
 )
@@ -157,12 +156,10 @@ def test_decoding_has_its_gradient():
     )
 
 
-def test_encoding_is_that_of_mmdet_and_inverts_decoding():
+def test_decoding_inverts_mmdets_encoding():
     anchors, boxes = random_anchors(1, 0)[0], random_anchors(1, 1)[0]
     means = (0.1, -0.2, 0.3, -0.4)
-    deltas = encode_deltas(anchors, boxes, STDS, means)
-    theirs = DeltaXYWHBBoxCoder(means, STDS).encode(anchors, boxes)
-    torch.testing.assert_close(deltas, theirs)
+    deltas = DeltaXYWHBBoxCoder(means, STDS).encode(anchors, boxes)
     small = (deltas * torch.tensor(STDS) + torch.tensor(means))[:, 2:].abs().amax(1) < 4
     decoded = decode_deltas(anchors, deltas[None], STDS, means)[0]
     torch.testing.assert_close(decoded[small], boxes[small], rtol=1e-4, atol=1e-3)

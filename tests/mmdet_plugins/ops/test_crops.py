@@ -64,7 +64,7 @@ def test_crops_are_those_of_opencv(size_hw, sampler):
     if sampler == 'device':
         crops = _grid_crops(image, BOXES, size_hw)
     elif sampler == 'threads':
-        with crop_threads() as run:
+        with crop_threads(2) as run:
             crops = crop_resize(image, BOXES, size_hw, run=run)
     else:
         crops = crop_resize(image, BOXES, size_hw)
@@ -89,7 +89,7 @@ def test_mirrored_crops_follow_and_the_given_room_is_used():
 def test_masks_are_thresholded_bilinear_logits():
     logits = torch.randn(len(BOXES), 9, 12, generator=torch.Generator().manual_seed(0))
     shapes = [(y2 - y1, x2 - x1) for x1, y1, x2, y2 in BOXES.tolist()]
-    with crop_threads() as run:
+    with crop_threads(2) as run:
         for runner in (run, run_in_turn):
             buffer, columns = crop_masks(logits, BOXES, runner)
             masks = decode_rle(encode_columns(buffer, shapes, BOXES[:, :2], (31, 50)))

@@ -54,6 +54,19 @@ def test_whole_offsets_shift_the_image():
     torch.testing.assert_close(got[..., 1:3, 2:-1], expected[..., 1:3, 2:-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_an_offset_that_is_not_finite_spoils_its_location_alone(value):
+    inputs = {name: tensor.detach() for name, tensor in _inputs(True, padding=1).items()}
+    expected = deform_conv2d(**inputs, padding=1)
+    inputs['offset'][1, 7, 3, 5] = value
+    inputs['offset'].requires_grad_()
+    got = deform_conv2d(**inputs, padding=1)
+    assert got[1, :, 3, 5].isnan().all()
+    got, expected = got.detach().clone(), expected.clone()
+    got[1, :, 3, 5] = expected[1, :, 3, 5] = 0
+    torch.testing.assert_close(got, expected)
+
+
 def test_half_precision_keeps_its_type_and_is_computed_in_float():
     inputs = {name: tensor.detach() for name, tensor in _inputs(True, padding=1).items()}
     halves = {name: tensor.half() for name, tensor in inputs.items()}

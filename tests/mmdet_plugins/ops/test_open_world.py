@@ -339,7 +339,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match='1 of the .* with results are not in the annotations'):
         evaluate_json(truth, [*results, {**results[0], 'image_id': 5000}], ('bbox',))
     with pytest.raises(ValueError, match='no image has been seen'):
-        evaluate_json({**truth, 'images': []}, [], ('bbox',))
+        evaluate_json({**truth, 'images': [], 'annotations': []}, [], ('bbox',))
     with pytest.raises(ValueError, match=f'Image {image_id}: a predicted box is not finite'):
         evaluate_json(truth, [{**results[0], 'bbox': [0, 0, float('nan'), 5]}], ('bbox',))
     with pytest.raises(ValueError, match=f'image {image_id} has no segmentation'):
@@ -350,6 +350,10 @@ def test_bad_input_is_named(tmp_path):
         OpenWorldEvaluator(('mask',))
     with pytest.raises(ValueError, match='at least 1'):
         OpenWorldEvaluator(max_dets=(0, 10))
+    for field in ('bbox', 'area', 'image_id'):
+        part = [{k: v for k, v in a.items() if k != field} for a in truth['annotations']]
+        with pytest.raises(ValueError, match=f'The annotations: annotation 1 lacks {field}'):
+            evaluate_json({**truth, 'annotations': part}, results)
     broken = copy.deepcopy(truth)
     broken['annotations'][0]['segmentation'] = {'size': [7, 7], 'counts': 'a1'}
     with pytest.raises(ValueError, match=r'Annotation 1 of image .* has no usable mask'):

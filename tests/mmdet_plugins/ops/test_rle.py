@@ -116,6 +116,8 @@ def test_segmentation_to_rle_reads_the_three_forms():
         ([[1, 2, 3, float('nan'), 5, 6]], 'finite'),
         ([[1, 2, 3, None, 5, 6]], 'finite'),
         ({'size': [6, 5], 'counts': '55'}, 'size'),
+        ({'size': None, 'counts': '55'}, 'the size None'),
+        ({'size': 5, 'counts': '55'}, 'the size 5'),
         ({'size': [5, 5]}, 'counts'),
         ({'size': [5, 5], 'counts': [30]}, 'exceed'),
         ({'size': [5, 5], 'counts': [1.5, 3]}, 'counts'),

@@ -37,7 +37,7 @@ def test_one_sample_for_each_usable_instance(coco, capfd):
     assert data[0]['bbox_xyxy'] == [20, 10, 50, 30]
     assert data[2]['img_path'] == str(coco / 'images/2.png')
     said = ' '.join(capfd.readouterr())
-    for part in ('1 a crowd', '1 empty', '1 broken', 'id 21', '1 on an image that is not listed'):
+    for part in ('1 a crowd', '1 empty', '1 broken', 'annotation 21', '1 on an image that is not'):
         assert part in said
 
 
@@ -49,6 +49,7 @@ def test_what_is_not_instance_json_is_explained(coco):
         ('[1, 2]', 'this is a list'),
         (json.dumps({**content, 'images': [dict(id=1)]}), 'an image without'),
         (json.dumps({**content, 'annotations': []}), 'no usable instance'),
+        (json.dumps({**content, 'annotations': [None]}), 'no usable instance'),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=f'instances.json.*{reason}'):

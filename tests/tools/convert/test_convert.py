@@ -110,10 +110,16 @@ def test_uvo(run, tmp_path, capsys):
     assert [i['file_name'] for i in coco['images']] == ['v/0.png', 'v/2.png']
     assert [(a['image_id'], a['area']) for a in coco['annotations']] == [(1, 20)]
     assert 'v/1.png is missing' in capsys.readouterr().err
-    source.write_text('{')
-    with pytest.raises(SystemExit):
-        run('uvo_to_coco', source, '--out', out)
-    assert 'dense.json: not valid JSON' in capsys.readouterr().err
+    del data['videos'][0]['height']
+    for content, reason in (
+        ('{', 'not valid JSON'),
+        ('[]', 'this is a list'),
+        (json.dumps(data), "video 4 lacks 'height'"),
+    ):
+        source.write_text(content)
+        with pytest.raises(SystemExit):
+            run('uvo_to_coco', source, '--out', out)
+        assert f'dense.json: {reason}' in capsys.readouterr().err
 
 
 def test_nothing_usable_writes_nothing(run, tmp_path):
