@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmcv.ops import ModulatedDeformConv2dPack
 
-from mmdet_plugins.cascade_rpn import deform
+from mmdet_plugins.common import deform
 
 
 @pytest.mark.parametrize(
