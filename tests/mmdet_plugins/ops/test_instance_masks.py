@@ -68,9 +68,8 @@ def stock(logits, scores, frame, cfg, *, solo=False):
     return head._predict_by_feat_single(torch.eye(CELLS), scores, logits[None], meta, cfg)
 
 
-def ours(logits, scores, frame, cfg, *, probabilities=False, made=None, rle=False, **options):
+def ours(maps, scores, frame, cfg, *, probabilities=False, made=None, rle=False, **options):
     cells, labels = (scores > cfg.score_thr).nonzero().T
-    maps = logits.sigmoid() if probabilities else logits
 
     def maps_of(index):
         if made is not None:
@@ -81,7 +80,7 @@ def ours(logits, scores, frame, cfg, *, probabilities=False, made=None, rle=Fals
         scores[cells, labels],
         labels,
         maps_of,
-        logits.shape[1:],
+        maps.shape[1:],
         min_area=LEAST[cells],
         mask_thr=cfg.mask_thr,
         logits=not probabilities,
@@ -141,7 +140,7 @@ def test_equals_stock_solov2(frame, num_classes, way):
 def test_equals_stock_solo_whose_maps_are_probabilities(way):
     logits, scores = scene(3, seed=9)
     expected = stock(logits, scores, FRAMES['smaller'], config(), solo=True)
-    result = ours(logits, scores, FRAMES['smaller'], config(), probabilities=True)
+    result = ours(logits.sigmoid(), scores, FRAMES['smaller'], config(), probabilities=True)
     assert_equal(result, expected, logits, FRAMES['smaller'], config())
 
 
@@ -168,14 +167,13 @@ def test_encodings_are_those_of_the_masks(frame, budget, way):
     assert torch.equal(encoded.areas, dense.areas)
 
 
-def eager(logits, scores, cfg):
+def eager(probs, scores, cfg):
     """All maps at once, all sorts stable: cells, labels and scores of what remains."""
     cells, labels = (scores > cfg.score_thr).nonzero().T
-    probs = logits[cells].sigmoid()
-    masks = logits[cells] > 0
+    masks = probs[cells] > 0.5
     area = masks.sum((1, 2))
-    maskness = (probs * masks).double().sum((1, 2)) / area.clamp(min=1)
-    rescored = scores[cells, labels] * maskness.float()
+    maskness = (probs[cells] * masks).sum((1, 2)) / area.clamp(min=1)
+    rescored = scores[cells, labels] * maskness
     rescored[area <= LEAST[cells]] = -1
     rank = rescored.argsort(descending=True, stable=True)[: cfg.nms_pre]
     rank = rank[rescored[rank] >= 0]
@@ -188,11 +186,16 @@ def eager(logits, scores, cfg):
 def test_laziness_changes_nothing_even_among_ties(nms_pre, max_num, way):
     for seed in range(4):
         logits, scores = scene(seed=seed)
-        logits = logits[torch.arange(CELLS) // 7 * 7]  # seven cells share a map
-        scores = (8 * scores).round() / 8
+        logits = logits[torch.arange(CELLS) // 3 * 3]  # three cells share a mask
+        # Maskness 3/4 or 1, and scores whose products with these coincide, all of them exact.
+        level = 1 - 0.25 * (torch.arange(CELLS) % 2)
+        probs = (logits > 0) * level[:, None, None]
+        scores = torch.tensor([0, 0.28125, 0.375, 0.5, 0.75, 1])[(5.99 * scores).long()]
         cfg = config(nms_pre=nms_pre, max_per_img=max_num)
-        selection, _, cells = ours(logits, scores, FRAMES['same'], cfg, byte_budget=100_000)
-        expected = eager(logits, scores, cfg)
+        selection, _, cells = ours(
+            probs, scores, FRAMES['same'], cfg, probabilities=True, byte_budget=100_000
+        )
+        expected = eager(probs, scores, cfg)
         assert torch.equal(cells[selection.index], expected[0])
         assert torch.equal(selection.labels, expected[1])
         torch.testing.assert_close(selection.scores, expected[2], rtol=1e-6, atol=0)
