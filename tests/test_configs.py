@@ -166,11 +166,21 @@ def segmentation_batch() -> dict:
     return dict(inputs=[noise(*IMAGE_HW) for _ in samples], data_samples=samples)
 
 
+@pytest.fixture(scope='module')
+def stepped() -> set[str]:
+    """Models, with their optimisers, that took a step: schedules and data sets share many."""
+    return set()
+
+
 @pytest.mark.parametrize('name', by_size(LEAVES))
-def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch):
+def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch, stepped):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     cfg = Config.fromfile(LEAVES[name])
+    model_and_optimiser = str(cfg.model) + str(cfg.optim_wrapper)
+    if model_and_optimiser in stepped:
+        return
+    stepped.add(model_and_optimiser)
     init_default_scope(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         segmenter = cfg.default_scope == 'mmseg'

@@ -1,7 +1,9 @@
 """The list of ablations in the README: each row builds, trains a step and predicts."""
 
 import argparse
+import copy
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,21 +34,27 @@ def listed_rows() -> list:
 ROWS = listed_rows()
 
 
-def read(name: str, options: list[str]) -> Config:
+@cache
+def read(name: str) -> Config:
+    return Config.fromfile(find_config(name, CONFIGS), import_custom_modules=False)
+
+
+def change(cfg: Config, options: list[str]) -> Config:
+    """A copy of a config, changed as the runners do it."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='*', action=DictAction)
-    cfg = Config.fromfile(find_config(name, CONFIGS), import_custom_modules=False)
+    cfg = copy.deepcopy(cfg)
     cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options or {})
     return cfg
 
 
 @pytest.mark.parametrize(('table', 'name', 'options'), ROWS)
 def test_row(solo, table, name, options):
-    """The head of each row, its towers thin, on features of the neck's width."""
-    changed = read(name, options)
-    assert bool(options) == (changed.model != read(name, []).model)
-    head_cfg = changed.model.mask_head
-    head_cfg.update(feat_channels=32, test_cfg=changed.model.test_cfg)
+    """The head of each row, thin: no row is about the channels of pyramid and towers."""
+    model = change(read(name), options).model
+    assert bool(options) == (model != read(name).model)
+    head_cfg = model.mask_head
+    head_cfg.update(in_channels=32, feat_channels=32, test_cfg=model.test_cfg)
     if 'mask_features' in head_cfg and head_cfg.mask_features.type == 'UnifiedMaskFeatures':
         head_cfg.mask_features.feat_channels = 32
     torch.manual_seed(0)
