@@ -12,19 +12,29 @@ boxes; kernels may be 3x3; every ablation of the thesis is an option. Matrix NMS
 where the thesis divides, as all released code does. The detector around the heads is mmdet's.
 """
 
+from .datasets import SOLOLoadPanopticAnnotations, SOLOLVISDataset
 from .head import SOLODecoupledHead, SOLODynamicHead, SOLOVanillaHead
 from .losses import SOLODiceLoss, SOLOMaskBCELoss, SOLOMaskFocalLoss
+from .metrics import SOLOCocoMetric, SOLOLVISMetric, SOLOPanopticMetric
 from .network import SOLOMergeNeck, SOLOSeparateMaskFeatures
+from .panoptic import SOLOPanopticSegmentor, SOLOSemanticHead
 from .postprocess import SOLOPostProcessor
 
 __all__ = [
+    'SOLOCocoMetric',
     'SOLODecoupledHead',
     'SOLODiceLoss',
     'SOLODynamicHead',
+    'SOLOLVISDataset',
+    'SOLOLVISMetric',
+    'SOLOLoadPanopticAnnotations',
     'SOLOMaskBCELoss',
     'SOLOMaskFocalLoss',
     'SOLOMergeNeck',
+    'SOLOPanopticMetric',
+    'SOLOPanopticSegmentor',
     'SOLOPostProcessor',
+    'SOLOSemanticHead',
     'SOLOSeparateMaskFeatures',
     'SOLOVanillaHead',
 ]

@@ -1,0 +1,102 @@
+"""Synthetic scenes with panoptic annotation: sets of any size without a download.
+
+The objects are those of the demo set (:mod:`mmdet_plugins.common.synthetic`), from middling size
+up; the ground is divided between two of its patterns, which are the stuff classes.
+"""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.synthetic import KNOWN, PATTERNS, Canvas, background
+from mmdet_plugins.ops.panoptic import encode_id_png
+
+PANOPTIC_CATEGORIES = [
+    dict(id=i, name=name, isthing=int(name in KNOWN))
+    for i, name in enumerate((*KNOWN, *PATTERNS), 1)
+]
+_CATEGORY_ID = {category['name']: category['id'] for category in PANOPTIC_CATEGORIES}
+
+
+def panoptic_scene(
+    rng: np.random.Generator, hw: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Draw one scene.
+
+    Returns:
+        The image [H, W, 3] uint8 BGR, its id map int64 [H, W] without void, and the name of the
+        category of each segment, 1 and on.
+    """
+    canvas = Canvas(rng, hw)
+    names = rng.permutation(PATTERNS)[:2].tolist()
+    grounds = [background(rng, hw, name) for name in names]
+    y, x = np.mgrid[: hw[0], : hw[1]]
+    angle = rng.uniform(0, np.pi)
+    side = (x - hw[1] / 2) * np.cos(angle) + (y - hw[0] / 2) * np.sin(angle)
+    beyond = side > rng.uniform(-0.15, 0.15) * min(hw)
+    canvas.image = np.where(beyond[..., None], grounds[1], grounds[0])
+    ids = 1 + beyond.astype(np.int64)
+    for _ in range(int(rng.integers(2, 5))):
+        kind = str(rng.choice([*KNOWN]))
+        centre = rng.uniform(0.15, 0.85, 2) * (hw[1], hw[0])
+        radius = rng.uniform(0.12, 0.28) * min(hw)
+        mask = canvas.draw(kind, centre, radius, aspect=rng.uniform(0.7, 1))
+        if mask is not None:
+            canvas.add(kind, mask)
+            names.append(kind)
+            ids[mask] = len(names)
+    return canvas.develop(), ids, names
+
+
+def make_panoptic_data(
+    out_dir: str | Path,
+    num_train: int = 320,
+    num_val: int = 80,
+    size_hw: tuple[int, int] = (160, 224),
+    seed: int = 0,
+) -> None:
+    """Write ``images/*.jpg``, ``panoptic_{train,val}.json`` and ``panoptic_{train,val}/*.png``.
+
+    Args:
+        out_dir: Made if need be; files of the same name are replaced.
+        num_train: Images of the training split.
+        num_val: Images of the validation split.
+        size_hw: Of each image, px; every second one stands upright.
+        seed: Every image is a function of (seed, split, index).
+    """
+    out_dir = Path(out_dir)
+    for split_index, (split, count) in enumerate(dict(train=num_train, val=num_val).items()):
+        for folder in ('images', f'panoptic_{split}'):
+            (out_dir / folder).mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for index in range(count):
+            rng = np.random.default_rng([seed, split_index, index])
+            image, ids, names = panoptic_scene(rng, size_hw[:: -1 if index % 2 else 1])
+            stem, image_id = f'panoptic_{split}_{index:05d}', index + 1
+            _, encoded = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+            (out_dir / 'images' / f'{stem}.jpg').write_bytes(encoded.tobytes())
+            (out_dir / f'panoptic_{split}' / f'{stem}.png').write_bytes(encode_id_png(ids))
+            height, width = ids.shape
+            images.append(dict(id=image_id, file_name=f'{stem}.jpg', height=height, width=width))
+            segments = []
+            for segment, name in enumerate(names, 1):
+                mask = (ids == segment).astype(np.uint8)
+                if mask.any():
+                    segments.append(
+                        dict(
+                            id=segment,
+                            category_id=_CATEGORY_ID[name],
+                            iscrowd=0,
+                            bbox=[*cv2.boundingRect(mask)],
+                            area=int(mask.sum()),
+                        )
+                    )
+            annotations.append(
+                dict(image_id=image_id, file_name=f'{stem}.png', segments_info=segments)
+            )
+        content = dict(images=images, annotations=annotations, categories=PANOPTIC_CATEGORIES)
+        with atomic_write(out_dir / f'panoptic_{split}.json') as file:
+            json.dump(content, file)
