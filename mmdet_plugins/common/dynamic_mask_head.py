@@ -17,8 +17,10 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .deform import AnyDeviceDCNv2
+
 GROUP_NORM = dict(type='GN', num_groups=32, requires_grad=True)
-DCN = dict(type='AnyDeviceDCNv2')
+DCN = dict(type=AnyDeviceDCNv2)
 
 
 def pixel_coordinates(like: Tensor) -> Tensor:

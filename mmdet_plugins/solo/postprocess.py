@@ -6,6 +6,7 @@ n instances, ``h w`` a mask map, ``H W`` the returned masks.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmdet.registry import TASK_UTILS
@@ -19,6 +20,7 @@ from mmdet_plugins.ops.instance_masks import (
     select_instances,
 )
 from mmdet_plugins.ops.matrix_nms import METHODS, PackedMasks, mask_nms, pack_masks
+from mmdet_plugins.ops.rle import decode_rle
 
 
 def grid_scores(cls_logits: Sequence[Tensor]) -> Tensor:
@@ -33,6 +35,24 @@ def grid_scores(cls_logits: Sequence[Tensor]) -> Tensor:
         peaks = F.max_pool2d(scores[None], 2, stride=1, padding=1)[0, :, :-1, :-1]
         flat.append((scores * (peaks == scores)).flatten(1))
     return torch.cat(flat, 1).T
+
+
+class EncodedMasks(list):
+    """COCO run lengths of an image's masks, which metrics take as they are and mmdet can draw.
+
+    mmdet's visualizer selects instances by score and turns what is no tensor into an array.
+    """
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return EncodedMasks(found) if isinstance(index, slice) else found
+
+    def __add__(self, other: list) -> 'EncodedMasks':
+        return EncodedMasks([*self, *other])
+
+    def astype(self, dtype) -> np.ndarray:
+        """[n, H, W]; [0, 0, 0] without masks."""
+        return decode_rle(self).astype(dtype)
 
 
 @TASK_UTILS.register_module()
@@ -53,8 +73,8 @@ class SOLOPostProcessor:
         iou_thr: Of Hard-, Soft- and Fast-NMS.
         filter_thr: Scores after NMS below it are dropped.
         max_per_img: Instances returned at most.
-        mask_format: ``'rle'`` for COCO's run lengths, which all metrics here and mmdet's take, or
-            ``'dense'`` for a bool tensor, which drawing needs.
+        mask_format: ``'rle'`` for COCO's run lengths (:class:`EncodedMasks`), ``'dense'`` for a
+            bool tensor, which mmdet's ``DetInferencer`` needs.
         byte_budget: Memory for mask maps in the making.
     """
 
@@ -127,7 +147,7 @@ class SOLOPostProcessor:
             bboxes=instances.boxes_xyxy,
             scores=selection.scores,
             labels=selection.labels,
-            masks=instances.masks,
+            masks=EncodedMasks(instances.masks) if self.rle else instances.masks,
         )
 
     def _select(

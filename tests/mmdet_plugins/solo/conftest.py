@@ -71,42 +71,37 @@ HEADS = dict(
 )
 
 
-def build_ours(kind: str = 'dynamic', seed: int = 0, test_cfg: dict | None = None, **overrides):
+POST_PROCESSING = ('mask_format', 'maskness', 'nms', *TEST_CFG)
+
+
+def build_ours(kind: str = 'dynamic', seed: int = 0, **changes):
+    """One of our heads; changes are of the head or, by name, of its test settings."""
     name, _, ours, _ = HEADS[kind]
-    cfg = dict(
-        COMMON,
-        type=name,
-        in_strides=IN_STRIDES,
-        loss_mask=dict(type='SOLODiceLoss'),
-        test_cfg={**TEST_CFG, **(test_cfg or {})},
-        **{**ours, **overrides},
-    )
     torch.manual_seed(seed)
-    return MODELS.build(copy.deepcopy(cfg))
+    test_cfg = {**TEST_CFG, **{k: changes.pop(k) for k in POST_PROCESSING if k in changes}}
+    loss_mask = dict(type='SOLODiceLoss')
+    cfg = dict(COMMON, type=name, in_strides=IN_STRIDES, loss_mask=loss_mask, test_cfg=test_cfg)
+    return MODELS.build(copy.deepcopy({**cfg, **ours, **changes}))
 
 
-def build_stock(kind: str, **overrides):
+def build_pair(kind: str, seed: int = 0, spread: float = 0.0, **changes) -> tuple:
+    """Ours and mmdet's with the same weights; changes are of test settings.
+
+    Noise of scale ``spread`` livens up the weights, and lets some cells have objects.
+    """
+    ours = build_ours(kind, seed, **changes)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter += spread * torch.randn_like(parameter)
+        ours.conv_cls.bias.fill_(-3.0)
     _, name, _, stock = HEADS[kind]
     activate = {'activate': False} if kind in ('decoupled', 'light') else {}
-    cfg = dict(
-        COMMON,
-        type=name,
-        loss_mask=dict(type='DiceLoss', use_sigmoid=True, loss_weight=3.0, **activate),
-        test_cfg=TEST_CFG,
-        **{**stock, **overrides},
-    )
-    return MODELS.build(ConfigDict(copy.deepcopy(cfg)))
-
-
-def build_pair(kind: str, seed: int = 0, spread: float = 0.0):
-    """Both heads with the same weights; ``spread`` is the scale of noise that livens them up."""
-    ours, stock = build_ours(kind, seed), build_stock(kind)
-    if spread:
-        with torch.no_grad():
-            for parameter in ours.parameters():
-                parameter += spread * torch.randn_like(parameter)
-    stock.load_state_dict(ours.state_dict(), strict=True)
-    return ours, stock
+    loss_mask = dict(type='DiceLoss', use_sigmoid=True, loss_weight=3.0, **activate)
+    settings = {k: changes.get(k, value) for k, value in TEST_CFG.items()}
+    cfg = dict(COMMON, type=name, loss_mask=loss_mask, test_cfg=settings, **stock)
+    head = MODELS.build(ConfigDict(copy.deepcopy(cfg)))
+    head.load_state_dict(ours.state_dict(), strict=True)
+    return ours, head
 
 
 def pyramid(hw: tuple[int, int] = PAD_HW, images: int = 2, seed: int = 0) -> list[torch.Tensor]:
@@ -156,7 +151,6 @@ def solo() -> SimpleNamespace:
     return SimpleNamespace(
         build_ours=build_ours,
         build_pair=build_pair,
-        build_stock=build_stock,
         ellipses=ellipses,
         pyramid=pyramid,
         sample=sample,

@@ -69,3 +69,57 @@ def test_masks_of_one_pixel_and_of_none(solo, kind):
     expected, _ = losses_and_gradients(stock, features, samples)
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+class _Near:
+    """mmdet's test settings, but the last threshold of each image is off by ``shift``."""
+
+    def __init__(self, cfg: dict, shift: float) -> None:
+        self._cfg, self._shift, self._asked = cfg, shift, 0
+
+    def __getattr__(self, name: str):
+        if name != 'mask_thr':
+            return self._cfg[name]
+        self._asked += 1
+        return self._cfg['mask_thr'] + self._shift * (self._asked % 2 == 0)
+
+
+@pytest.mark.parametrize('seed', range(2))
+@pytest.mark.parametrize('nms', [{}, dict(kernel='linear'), dict(nms_pre=7, max_per_img=5)])
+@pytest.mark.parametrize('kind', KINDS)
+def test_detections(solo, kind, nms, seed, record_property):
+    """Masks may differ where mmdet's probability is within 1e-5 of the threshold."""
+    ours, stock = solo.build_pair(kind, seed, spread=0.5, mask_format='dense', **nms)
+    samples = [solo.sample(solo.ellipses(hw, 1), hw) for hw in ((128, 160), (101, 192))]
+    features = solo.pyramid(seed=seed)
+    found = ours.eval().predict(features, samples, rescale=True)
+    cfg, expected = stock.eval().test_cfg, {}
+    for shift in (-1e-5, 0, 1e-5):
+        stock.test_cfg = _Near(cfg, shift)
+        with torch.no_grad():
+            expected[shift] = stock.predict(features, samples, rescale=True)
+    close = 0
+    for ours_, low, stock_, high in zip(found, *expected.values(), strict=True):
+        assert len(ours_) == len(stock_) == nms.get('max_per_img', 20)
+        torch.testing.assert_close(ours_.scores, stock_.scores, rtol=0, atol=1e-6)
+        assert ours_.labels.tolist() == stock_.labels.tolist()
+        assert ours_.masks.shape == stock_.masks.shape
+        differ = ours_.masks != stock_.masks
+        assert not (differ & ~(low.masks & ~high.masks)).any()
+        close += int(differ.sum())
+        for mask, box in zip(ours_.masks, ours_.bboxes.int().tolist(), strict=True):
+            ys, xs = mask.nonzero(as_tuple=True)
+            if len(xs):
+                assert box == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    record_property('pixels_that_differ', close)
+    assert close < 20
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_nothing_found(solo, kind):
+    ours = solo.build_ours(kind, mask_format='dense', score_thr=1.0).eval()
+    samples = [solo.sample(solo.ellipses((90, 160), 1), (90, 160))]
+    (found,) = ours.predict(solo.pyramid(images=1), samples, rescale=True)
+    assert len(found) == 0
+    assert found.masks.shape == (0, 177, 321)
+    assert found.labels.dtype == torch.long
