@@ -86,7 +86,7 @@ CATEGORIES = [
 ]
 _CATEGORY_ID = {category['name']: category['id'] for category in CATEGORIES}
 # OpenCV hues (0-180). Novel kinds keep to the violet and pink that no known kind has.
-_KNOWN_HUES, _NOVEL_HUES = (0, 125), (130, 170)
+KNOWN_HUES, NOVEL_HUES = (0, 125), (130, 170)
 PATTERNS = ('plain', 'grain', 'tiles')
 _SUPERSAMPLE = 4
 _MIN_AREA_PX = 12
@@ -144,7 +144,7 @@ def background(rng: np.random.Generator, hw: tuple[int, int], pattern: str | Non
     return first * mix + second.astype(np.float32) * (1 - mix)
 
 
-def _texture(rng: np.random.Generator, u: Array, v: Array, hues: tuple[int, int]) -> Array:
+def texture(rng: np.random.Generator, u: Array, v: Array, hues: tuple[int, int]) -> Array:
     """Paint of an object, [s, s, 3] float32 BGR: one colour or a pattern of two, lit as a bulge."""
     first = _colour(rng, hues, (90, 256), (90, 256))
     paint = np.broadcast_to(first, (*u.shape, 3))
@@ -207,7 +207,7 @@ class Canvas:
         cast = np.float32([[1, 0, x0 + offset[0] * radius], [0, 1, y0 + offset[1] * radius]])
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, cast, (w, h)), (0, 0), 0.5 + radius / 8)
         self.image *= 1 - strength * shadow[..., None]
-        paint = _texture(rng, u, v, _KNOWN_HUES if kind in KNOWN else _NOVEL_HUES)[patch]
+        paint = texture(rng, u, v, KNOWN_HUES if kind in KNOWN else NOVEL_HUES)[patch]
         cover = alpha[patch][..., None]
         self.image[frame] = self.image[frame] * (1 - cover) + np.clip(paint, 0, 255) * cover
         for instance in self.instances:

@@ -35,15 +35,6 @@ def matte_dice_loss(probs: Tensor, mattes: Tensor, eps: float = 1e-3) -> Tensor:
     return 1 - 2 * overlap / (probs.square().sum(1) + mattes.square().sum(1) + 2 * eps)
 
 
-def visible_mattes(mattes: Sequence[Array]) -> list[Array]:
-    """What is left of mattes ``[H, W]`` float, each of which lies over all that come before."""
-    visible: list[Array] = []
-    for matte in mattes:
-        visible = [below * (1 - matte) for below in visible]
-        visible.append(matte)
-    return visible
-
-
 def absolute_error(matte: Array, truth: Array) -> float:
     """Sum of absolute differences (SAD) of ``[H, W]`` in [0, 1]; tables give it in thousands."""
     return float(np.abs(matte.astype(np.float64) - truth).sum())
@@ -107,7 +98,9 @@ def _gaussian_derivative(sigma: float) -> tuple[Array, Array]:
 
 def _largest_region(mask: Array) -> Array:
     """The 4-connected region ``[H, W]`` bool with most pixels; empty if there is none."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), None, 4)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(
+        mask.astype(np.uint8), connectivity=4
+    )
     if count == 1:
         return np.zeros_like(mask)
     return labels == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
@@ -118,6 +111,34 @@ def composite(foreground: Array, matte: Array, background: Array) -> Array:
     alpha = matte[..., None].astype(np.float32)
     picture = alpha * foreground + (1 - alpha) * background
     return np.clip(picture, 0, 255).round().astype(np.uint8)
+
+
+def paste_matte(
+    image: Array, mattes: Sequence[Array], front: Array, matte: Array, place: Sequence[int]
+) -> tuple[Array, list[Array]]:
+    """Lay an object over an image and over the mattes of what it shows.
+
+    Args:
+        image: ``[H, W, 3]`` uint8.
+        mattes: G of them, ``[H, W]`` uint8.
+        front: ``[h, w, 3]`` uint8, the object's own colours.
+        matte: ``[h, w]`` uint8.
+        place: Row and column in the image of the object's first pixel; may lie outside.
+
+    Returns:
+        A new image, and G + 1 mattes of what is visible, that of the object last.
+    """
+    whole = np.zeros(image.shape[:2], np.uint8)
+    inside, cut = [], []
+    for start, side, length in zip(place, matte.shape, whole.shape, strict=True):
+        inside.append(slice(max(start, 0), max(min(start + side, length), 0)))
+        cut.append(slice(max(-start, 0), max(min(side, length - start), 0)))
+    inside, cut = tuple(inside), tuple(cut)
+    whole[inside] = matte[cut]
+    image = image.copy()
+    image[inside] = composite(front[cut], matte[cut] / 255, image[inside])
+    left = (255 - whole.astype(np.float32)) / 255
+    return image, [*((below * left).round().astype(np.uint8) for below in mattes), whole]
 
 
 def estimate_foreground(image: Array, matte: Array, radii: Sequence[int] = (90, 6)) -> Array:

@@ -16,8 +16,8 @@ from mmdet_plugins.ops.matting import (
     estimate_foreground,
     gradient_error,
     matte_dice_loss,
+    paste_matte,
     squared_error,
-    visible_mattes,
 )
 
 
@@ -120,6 +120,9 @@ def test_connectivity_by_hand():
     matte = np.array([[1.0, 0.45, 1.0, 0.0, 0.0, 0.0]])
     # From level 0.5 on the right pixel is cut off, which both mattes have at 1: no difference.
     assert connectivity_error(matte, truth) == pytest.approx(0.6)
+    # A corner does not connect: the last pixel stands alone, and both mattes lose all of it.
+    truth, matte = np.array([[1.0, 1, 0], [0, 0, 1]]), np.array([[1, 1, 0], [0, 0, 0.9]])
+    assert connectivity_error(matte, truth) == pytest.approx(0.1)
 
 
 def test_connectivity_against_flooding():
@@ -161,11 +164,31 @@ def test_connectivity_against_flooding():
 # --- pictures ---------------------------------------------------------------------------------
 
 
-def test_what_lies_over_mattes_takes_its_share():
-    below, middle, above = (np.full((2, 3), v) for v in (1.0, 0.5, 0.2))
-    found = visible_mattes([below, middle, above])
-    np.testing.assert_allclose([v[0, 0] for v in found], [0.4, 0.4, 0.2])
-    assert visible_mattes([]) == []
+@pytest.mark.parametrize(
+    ('place', 'inside', 'cut'),
+    [
+        ((1, 2), np.s_[1:3, 2:5], np.s_[:, :]),
+        ((-1, 4), np.s_[0:1, 4:6], np.s_[1:, :2]),
+        ((3, -2), np.s_[3:4, 0:1], np.s_[:1, 2:]),
+        ((9, 0), np.s_[:0, :3], np.s_[:0, :]),
+        ((0, -7), np.s_[:2, :0], np.s_[:, :0]),
+    ],
+)
+def test_pasted_by_hand(place, inside, cut):
+    image, below = np.full((4, 6, 3), 100, np.uint8), np.full((4, 6), 200, np.uint8)
+    front = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 10
+    matte = np.array([[0, 51, 255], [102, 255, 0]], np.uint8)
+    pasted, mattes = paste_matte(image, [below], front, matte, place)
+    expected = np.zeros((4, 6), np.uint8)
+    expected[inside] = matte[cut]
+    assert np.array_equal(mattes[1], expected)
+    left = {0: 200, 51: 160, 102: 120, 255: 0}
+    assert np.array_equal(mattes[0], np.vectorize(left.get)(expected))
+    blend = expected[..., None] / 255
+    colours = np.zeros((4, 6, 3))
+    colours[inside] = front[cut]
+    assert np.abs(blend * colours + (1 - blend) * 100 - pasted).max() <= 0.5 + 1e-4
+    assert (image == 100).all() and (below == 200).all(), 'the input is left alone'
 
 
 def test_composite_by_hand():
