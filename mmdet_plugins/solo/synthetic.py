@@ -113,17 +113,17 @@ def make_panoptic_data(
 
 def matte_object(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw an object: colours [s, s, 3] and matte [s, s], uint8 both."""
-    axis = np.linspace(-1.45, 1.45, side, dtype=np.float32)
+    axis = np.linspace(-1.5, 1.5, side, dtype=np.float32)
     u, v = np.meshgrid(axis, axis)
     kind = KNOWN[str(rng.choice([*KNOWN]))]
     matte = kind(u, v, rng).astype(np.float32)
     hair = np.zeros_like(matte)
-    for angle in rng.uniform(0, 2 * np.pi, int(rng.integers(12, 30))):
-        ends = [(0.5 + 0.5 * r / 1.45 * np.array([np.cos(angle), np.sin(angle)])) * side
+    for angle in rng.uniform(0, 2 * np.pi, int(rng.integers(4, 10))):
+        ends = [(0.5 + 0.5 * r / 1.5 * np.array([np.cos(angle), np.sin(angle)])) * side
                 for r in (0.5, rng.uniform(1, 1.35))]  # fmt: skip
         start, end = (tuple(point.round().astype(int).tolist()) for point in ends)
-        cv2.line(hair, start, end, 1.0, 1, cv2.LINE_AA)
-    matte = cv2.GaussianBlur(matte, (0, 0), rng.uniform(0.03, 0.06) * side)
+        cv2.line(hair, start, end, 1.0, 2, cv2.LINE_AA)
+    matte = cv2.GaussianBlur(matte, (0, 0), rng.uniform(0.04, 0.07) * side)
     matte = np.maximum(matte, 0.9 * cv2.GaussianBlur(hair, (0, 0), 0.7))
     colours = texture(rng, u, v, KNOWN_HUES).clip(0, 255)
     return colours.astype(np.uint8), (255 * matte).round().astype(np.uint8)
@@ -143,7 +143,7 @@ def make_matte_data(
     Args:
         out_dir: Made if need be; files of the same name are replaced.
         num_pairs: Objects, without a background.
-        num_scenes: Images of one to three other objects before a ground.
+        num_scenes: Images of one or two other objects before a ground.
         size_hw: Of the scenes, px; every second one stands upright.
         seed: Every image is a function of (seed, pair or scene, index).
     """
@@ -160,7 +160,7 @@ def make_matte_data(
                 hw = size_hw[:: -1 if index % 2 else 1]
                 image = background(rng, hw).clip(0, 255).astype(np.uint8)
                 mattes = []
-                for _ in range(int(rng.integers(1, 4))):
+                for _ in range(int(rng.integers(1, 3))):
                     side = int(rng.uniform(0.4, 0.8) * min(hw))
                     place = [int(rng.integers(-side // 6, n - 5 * side // 6)) for n in hw]
                     pasted, visible = paste_matte(image, mattes, *matte_object(rng, side), place)
