@@ -110,6 +110,7 @@ class SOLOPostProcessor:
         )
         self.nms = dict(method=nms, iou_thr=iou_thr)
 
+    @torch.no_grad()
     def __call__(
         self,
         scores: Tensor,
@@ -177,7 +178,7 @@ class SOLOPostProcessor:
             rescored.append(scores[chunk[mine]] * maskness)
             packed.append(pack_masks(masks[mine]).bits)
         if not kept:
-            return Selection(labels, scores, labels, [])
+            return Selection(labels, scores, labels)
         index = torch.cat(kept)
         found = mask_nms(
             PackedMasks(torch.cat(packed), map_hw),
@@ -187,4 +188,4 @@ class SOLOPostProcessor:
             **self.suppression,
         )
         index = index[found.keep_inds]
-        return Selection(index, found.scores, found.labels, [None] * len(index))
+        return Selection(index, found.scores, found.labels)
