@@ -11,7 +11,8 @@ Shapes: N images, E mask feature channels, D channels inside the refinement, Q c
 an image, ``H W`` the padded input, ``h w`` a quarter of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,12 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet_plugins.common.dynamic_mask_head import dynamic_conv
+from mmdet_plugins.ops.dice import dynamic_mask_logits
 from mmdet_plugins.ops.grid_targets import GridTargets
 from mmdet_plugins.ops.instance_masks import BYTE_BUDGET
 from mmdet_plugins.ops.matting import matte_dice_loss
 
-from .head import SOLODynamicHead, flatten_grids
+from .head import SOLODynamicHead, flatten_grids, wide
 
 STRIDE = 4
 NORM = dict(type='GN', num_groups=8)
@@ -78,22 +79,26 @@ class DetailsRefinement(BaseModule):
         coarse = F.interpolate(self.reduce(features), scale_factor=STRIDE, mode='bilinear')
         return self.convs(torch.cat([coarse, image], 1))
 
-    def logits(self, features: Tensor, details: Tensor, kernels: Tensor) -> Tensor:
-        """Mattes of an image, by 1x1 kernels on the final mask features.
+    def logits(
+        self, features: Tensor, details: Tensor, kernels: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """Mattes of N images, by 1x1 kernels on the final mask features.
 
         Args:
-            features: [E, h, w], the mask features.
-            details: [D, H, W], or at the size of ``features``.
-            kernels: [Q, E].
+            features: [N, E, h, w], the mask features.
+            details: [N, D, H, W], or at the size of ``features``.
+            kernels: [Q, E], grouped by image.
+            counts: How many kernels each image has.
 
         Returns:
             [Q, H, W], or [Q, h, w].
         """
-        weight, bias = self.expand.weight.flatten(1), self.expand.bias
-        coarse = dynamic_conv(features, kernels) + (kernels @ bias)[:, None, None]
-        if details.shape[1:] != features.shape[1:]:
+        weight = self.expand.weight.flatten(1).to(kernels.dtype)
+        bias = self.expand.bias.to(kernels.dtype)
+        coarse = dynamic_mask_logits(features, kernels, counts) + (kernels @ bias)[:, None, None]
+        if details.shape[2:] != features.shape[2:]:
             coarse = F.interpolate(coarse[:, None], scale_factor=STRIDE, mode='bilinear')[:, 0]
-        return coarse + dynamic_conv(details, kernels @ weight)
+        return coarse + dynamic_mask_logits(details, kernels @ weight, counts)
 
 
 @MODELS.register_module()
@@ -148,35 +153,27 @@ class SOLOMattingHead(SOLODynamicHead):
     ) -> dict[str, Tensor]:
         """``loss_mask`` (Dice), ``loss_matte``, and ``loss_cls`` unless that branch is frozen.
 
-        The masks of the instances are mattes, uint8 of 0 to 255.
+        The masks of the instances are mattes, uint8 of 0 to 255, or masks of 0 and 1.
         """
         cls_logits, kernels, (features,), (details,) = outputs
         targets = self.get_targets(outputs, batch_gt_instances)
         positives, counts = targets.by_image()
         chosen = flatten_grids(kernels)[positives.image_idx, positives.cell_idx]
-        dice = absolute = 0
-        first = 0
-        for gts, feats, detail, image_kernels, owner in zip(
-            batch_gt_instances,
-            features,
-            details,
-            chosen.split(counts),
-            positives.object_idx.split(counts),
-            strict=True,
-        ):
-            mattes = _padded(_mattes(gts), detail)[owner - first]
-            probs = self.refinement.logits(feats, detail, image_kernels).sigmoid()
-            dice = dice + matte_dice_loss(probs, mattes, self.loss_mask.eps).sum()
-            absolute = absolute + (probs - mattes).abs().sum() / detail[0].numel()
-            first += len(gts)
+        logits = self.refinement.logits(features, details, chosen, counts)
+        probs = logits.to(wide(logits.dtype)).sigmoid()
+        mattes = torch.cat([_padded(_mattes(gts), probs) for gts in batch_gt_instances])
+        mattes = mattes[positives.object_idx]
+        dice = matte_dice_loss(probs, mattes, self.loss_mask.eps).sum()
+        absolute = (probs - mattes).abs().mean((1, 2)).sum()
         num_pos = targets.num_positives.clamp(min=1)
         losses = dict(
             loss_mask=self.loss_mask.loss_weight * dice / num_pos,
             loss_matte=self.loss_matte_weight * absolute / num_pos,
         )
         if not self.freeze_categories:
+            cls_logits = flatten_grids(cls_logits)
             losses['loss_cls'] = self.loss_cls(
-                flatten_grids(cls_logits).flatten(0, 1),
+                cls_logits.to(wide(cls_logits.dtype)).flatten(0, 1),
                 targets.labels.flatten(),
                 avg_factor=targets.num_positives + 1,
             )
@@ -196,11 +193,15 @@ class SOLOMattingHead(SOLODynamicHead):
             ],
         )
 
-    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
-        details = F.avg_pool2d(outputs[3][0][image], STRIDE)
-        return self.refinement.logits(
-            outputs[2][0][image], details, self._kernels(outputs, image, cells)
-        )
+    def candidate_maps(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
+        details = F.avg_pool2d(outputs[3][0][image : image + 1], STRIDE)
+        return partial(self._logits, outputs, image, details)
+
+    def _logits(self, outputs: tuple, image: int, details: Tensor, cells: Tensor) -> Tensor:
+        """[Q, h, w] of cells ([Q], in P) of an image, by details [1, D, h, w]."""
+        kernels = torch.cat([grid[image].flatten(1) for grid in outputs[1]], 1).T[cells]
+        features = outputs[2][0][image : image + 1]
+        return self.refinement.logits(features, details, kernels, [len(cells)])
 
     def predict_by_feat(
         self, outputs: tuple, batch_img_metas: list[dict], rescale: bool = False
@@ -222,23 +223,17 @@ class SOLOMattingHead(SOLODynamicHead):
         original_hw: tuple[int, int],
     ) -> Tensor:
         """Mattes of cells ([n], in P), uint8 of the size ``original_hw``."""
-        features, details = outputs[2][0][image], outputs[3][0][image]
+        details = outputs[3][0][image : image + 1]
         mattes = torch.empty(len(cells), *original_hw, dtype=torch.uint8, device=cells.device)
-        pixels = 3 * details[0].numel() + 2 * original_hw[0] * original_hw[1]
+        pixels = 3 * details[0, 0].numel() + 2 * original_hw[0] * original_hw[1]
         size = max(1, self.byte_budget // (4 * pixels))
         for chunk, out in zip(cells.split(size), mattes.split(size), strict=True):
-            kernels = self._kernels(outputs, image, chunk)
-            alpha = self.refinement.logits(features, details, kernels).sigmoid()
+            alpha = self._logits(outputs, image, details, chunk).sigmoid()
             alpha = alpha[None, :, : image_hw[0], : image_hw[1]]
             if original_hw != image_hw:
                 alpha = F.interpolate(alpha, original_hw, mode='bilinear')
             out.copy_(alpha[0].mul(255).round_())
         return mattes
-
-    @staticmethod
-    def _kernels(outputs: tuple, image: int, cells: Tensor) -> Tensor:
-        """[Q, E]."""
-        return torch.cat([grid[image].flatten(1) for grid in outputs[1]], 1).T[cells]
 
 
 @MODELS.register_module()
@@ -251,12 +246,13 @@ class SOLOMattingSegmentor(SOLOv2):
 
 
 def _mattes(gts: InstanceData) -> np.ndarray:
-    """uint8 [G, H, W]."""
-    return gts.masks.masks
+    """uint8 [G, H, W] of 0 to 255; masks of 0 and 1 are mattes without transitions."""
+    masks = gts.masks.to_ndarray()
+    return masks if masks.max(initial=0) > 1 else masks * np.uint8(255)
 
 
 def _padded(mattes: np.ndarray, like: Tensor) -> Tensor:
-    """[G, H, W] in [0, 1], of the size and on the device of ``like``."""
+    """[G, H, W] in [0, 1], of the size, type and device of ``like``."""
     height, width = like.shape[-2:]
-    mattes = torch.as_tensor(mattes).to(like.device, non_blocking=True).to(like.dtype) / 255
+    mattes = torch.from_numpy(mattes).to(like.device, non_blocking=True).to(like.dtype) / 255
     return F.pad(mattes, (0, width - mattes.shape[2], 0, height - mattes.shape[1]))
