@@ -147,6 +147,7 @@ def detection_batch() -> dict:
                 bboxes=gt_xyxy, labels=labels, masks=BitmapMasks(masks, *shape_hw)
             ),
             ignored_instances=InstanceData(bboxes=gt_xyxy[:0], labels=labels[:0]),
+            gt_sem_seg=PixelData(sem_seg=torch.zeros(1, *shape_hw, dtype=torch.uint8)),
         )
         sample.set_metainfo(dict(img_shape=shape_hw, ori_shape=shape_hw, scale_factor=(1.0, 1.0)))
         samples.append(sample)

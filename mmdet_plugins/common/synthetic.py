@@ -86,7 +86,8 @@ CATEGORIES = [
 ]
 _CATEGORY_ID = {category['name']: category['id'] for category in CATEGORIES}
 # OpenCV hues (0-180). Novel kinds keep to the violet and pink that no known kind has.
-_KNOWN_HUES, _NOVEL_HUES = (0, 125), (130, 170)
+KNOWN_HUES, NOVEL_HUES = (0, 125), (130, 170)
+PATTERNS = ('plain', 'grain', 'tiles')
 _SUPERSAMPLE = 4
 _MIN_AREA_PX = 12
 _MIN_VISIBLE = 0.3
@@ -116,15 +117,21 @@ def _colour(rng: np.random.Generator, hues: tuple[int, int], sat: tuple, val: tu
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
 
 
-def _background(rng: np.random.Generator, hw: tuple[int, int]) -> Array:
-    """Ground of a scene, [H, W, 3] float32 BGR 0-255: two muted colours mixed by a pattern."""
+def background(rng: np.random.Generator, hw: tuple[int, int], pattern: str | None = None) -> Array:
+    """Ground of a scene, [H, W, 3] float32 BGR 0-255: two muted colours mixed by a pattern.
+
+    Args:
+        rng: source of every choice.
+        hw: height and width, px.
+        pattern: one of ``PATTERNS``, or any.
+    """
     h, w = hw
     y, x = np.mgrid[:h, :w].astype(np.float32)
     angle, pitch = rng.uniform(0, np.pi), rng.uniform(10, 40)
     along = (x * np.cos(angle) + y * np.sin(angle)) / pitch
     across = (y * np.cos(angle) - x * np.sin(angle)) / pitch
     noise = _noise(rng, hw, int(rng.integers(2, 6)))
-    pattern = rng.choice(['plain', 'grain', 'tiles'], p=[0.5, 0.3, 0.2])
+    pattern = pattern or rng.choice(PATTERNS, p=[0.5, 0.3, 0.2])
     if pattern == 'grain':
         mix = 0.5 + 0.3 * np.sin(2 * np.pi * along + 2.5 * noise) + 0.2 * noise
     elif pattern == 'tiles':
@@ -137,7 +144,7 @@ def _background(rng: np.random.Generator, hw: tuple[int, int]) -> Array:
     return first * mix + second.astype(np.float32) * (1 - mix)
 
 
-def _texture(rng: np.random.Generator, u: Array, v: Array, hues: tuple[int, int]) -> Array:
+def texture(rng: np.random.Generator, u: Array, v: Array, hues: tuple[int, int]) -> Array:
     """Paint of an object, [s, s, 3] float32 BGR: one colour or a pattern of two, lit as a bulge."""
     first = _colour(rng, hues, (90, 256), (90, 256))
     paint = np.broadcast_to(first, (*u.shape, 3))
@@ -156,12 +163,12 @@ def _texture(rng: np.random.Generator, u: Array, v: Array, hues: tuple[int, int]
     return paint * shade[..., None] + gloss[..., None] + rng.normal(0, 4, (*u.shape, 1))
 
 
-class _Canvas:
+class Canvas:
     """An image under construction and the visible mask of what was drawn on it so far."""
 
     def __init__(self, rng: np.random.Generator, hw: tuple[int, int]) -> None:
         self.rng, self.hw = rng, hw
-        self.image = _background(rng, hw)
+        self.image = background(rng, hw)
         self.instances: list[Instance] = []
         self.shadow = rng.uniform(-0.35, 0.35, 2), rng.uniform(0.15, 0.5)
         self._full_area: list[int] = []
@@ -200,7 +207,7 @@ class _Canvas:
         cast = np.float32([[1, 0, x0 + offset[0] * radius], [0, 1, y0 + offset[1] * radius]])
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, cast, (w, h)), (0, 0), 0.5 + radius / 8)
         self.image *= 1 - strength * shadow[..., None]
-        paint = _texture(rng, u, v, _KNOWN_HUES if kind in KNOWN else _NOVEL_HUES)[patch]
+        paint = texture(rng, u, v, KNOWN_HUES if kind in KNOWN else NOVEL_HUES)[patch]
         cover = alpha[patch][..., None]
         self.image[frame] = self.image[frame] * (1 - cover) + np.clip(paint, 0, 255) * cover
         for instance in self.instances:
@@ -242,7 +249,7 @@ def make_scene(
     Returns:
         The image [H, W, 3] uint8 BGR and its instances, masks disjoint and none empty.
     """
-    canvas = _Canvas(rng, hw)
+    canvas = Canvas(rng, hw)
     h, w = hw
     if crowd:
         heap, kind = np.zeros(hw, bool), str(rng.choice(kinds))

@@ -15,8 +15,16 @@ where the thesis divides, as all released code does. The detector around the hea
 from .datasets import SOLOLoadPanopticAnnotations, SOLOLVISDataset
 from .head import SOLODecoupledHead, SOLODynamicHead, SOLOVanillaHead
 from .losses import SOLODiceLoss, SOLOMaskBCELoss, SOLOMaskFocalLoss
+from .matting import SOLOMattingHead, SOLOMattingSegmentor
+from .matting_data import (
+    SOLOLoadMattes,
+    SOLOMatteDataset,
+    SOLOMattingMetric,
+    SOLOPasteMattes,
+)
 from .metrics import SOLOCocoMetric, SOLOLVISMetric, SOLOPanopticMetric
 from .network import SOLOMergeNeck, SOLOSeparateMaskFeatures
+from .panoptic import SOLOPanopticSegmentor, SOLOSemanticHead
 from .postprocess import SOLOPostProcessor
 
 __all__ = [
@@ -26,12 +34,20 @@ __all__ = [
     'SOLODynamicHead',
     'SOLOLVISDataset',
     'SOLOLVISMetric',
+    'SOLOLoadMattes',
     'SOLOLoadPanopticAnnotations',
     'SOLOMaskBCELoss',
     'SOLOMaskFocalLoss',
+    'SOLOMatteDataset',
+    'SOLOMattingHead',
+    'SOLOMattingMetric',
+    'SOLOMattingSegmentor',
     'SOLOMergeNeck',
     'SOLOPanopticMetric',
+    'SOLOPanopticSegmentor',
+    'SOLOPasteMattes',
     'SOLOPostProcessor',
+    'SOLOSemanticHead',
     'SOLOSeparateMaskFeatures',
     'SOLOVanillaHead',
 ]

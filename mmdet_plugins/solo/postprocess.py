@@ -129,7 +129,8 @@ class SOLOPostProcessor:
             logits: The maps are logits, not probabilities.
 
         Returns:
-            ``scores`` [n], ``labels`` [n], ``bboxes`` [n, 4] and ``masks``.
+            ``scores`` [n], ``labels`` [n], ``bboxes`` [n, 4], ``masks``, and ``cells`` [n], in P,
+            from which they come.
         """
         cells, labels = (scores > self.score_thr).nonzero(as_tuple=True)
         maps = dict(maps_of=lambda index: maps_of(cells[index]), logits=logits, **self.maps)
@@ -149,6 +150,7 @@ class SOLOPostProcessor:
             scores=selection.scores,
             labels=selection.labels,
             masks=EncodedMasks(instances.masks) if self.rle else instances.masks,
+            cells=cells[selection.index],
         )
 
     def _select(
