@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('mmdet_plugins', 'mmseg_plugins')
 SHARED = ('ops', 'common')
 # what the names that a room registers begin with
-PREFIXES = {'mmdet_plugins.cascade_rpn': 'UVO', 'mmseg_plugins.box_crop': 'BoxCrop'}
+PREFIXES = {
+    'mmdet_plugins.cascade_rpn': 'UVO',
+    'mmdet_plugins.solo': 'SOLO',
+    'mmseg_plugins.box_crop': 'BoxCrop',
+}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob('*.py')
                if '.mim' not in path.parts)  # fmt: skip
 

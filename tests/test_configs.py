@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mmseg
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
@@ -36,7 +37,7 @@ USERS_NAMES = {'cascade_rpn_swinl', 'cascade_rpn_swinl_uvo-finetune'}
 def by_size(names: Iterator[str]) -> list:
     """Test parameters; the largest backbones are slow."""
     return [
-        pytest.param(name, marks=pytest.mark.slow if re.search('swin-?l', name) else ())
+        pytest.param(name, marks=pytest.mark.slow if re.search('swin-?l|r101|x101', name) else ())
         for name in names
     ]
 
@@ -130,6 +131,7 @@ def noise(height: int, width: int) -> torch.Tensor:
 def detection_batch() -> dict:
     """Two images of different size, three objects in the first one and none in the second."""
     from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
 
     boxes_xyxy = torch.tensor(
         [[5.0, 8.0, 40.0, 90.0], [30.0, 20.0, 120.0, 70.0], [60.0, 3.0, 75.0, 20.0]]
@@ -137,8 +139,13 @@ def detection_batch() -> dict:
     samples = []
     for shape_hw, gt_xyxy in ((IMAGE_HW, boxes_xyxy), ((80, 96), boxes_xyxy[:0])):
         labels = gt_xyxy.new_zeros(len(gt_xyxy), dtype=torch.long)
+        masks = np.zeros((len(gt_xyxy), *shape_hw), np.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, gt_xyxy.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
         sample = DetDataSample(
-            gt_instances=InstanceData(bboxes=gt_xyxy, labels=labels),
+            gt_instances=InstanceData(
+                bboxes=gt_xyxy, labels=labels, masks=BitmapMasks(masks, *shape_hw)
+            ),
             ignored_instances=InstanceData(bboxes=gt_xyxy[:0], labels=labels[:0]),
         )
         sample.set_metainfo(dict(img_shape=shape_hw, ori_shape=shape_hw, scale_factor=(1.0, 1.0)))
@@ -159,11 +166,21 @@ def segmentation_batch() -> dict:
     return dict(inputs=[noise(*IMAGE_HW) for _ in samples], data_samples=samples)
 
 
+@pytest.fixture(scope='module')
+def stepped() -> set[str]:
+    """Models, with their optimisers, that took a step: schedules and data sets share many."""
+    return set()
+
+
 @pytest.mark.parametrize('name', by_size(LEAVES))
-def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch):
+def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch, stepped):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     cfg = Config.fromfile(LEAVES[name])
+    model_and_optimiser = str(cfg.model) + str(cfg.optim_wrapper)
+    if model_and_optimiser in stepped:
+        return
+    stepped.add(model_and_optimiser)
     init_default_scope(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         segmenter = cfg.default_scope == 'mmseg'

@@ -8,8 +8,6 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        depth=101, init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101')
-    )
+    backbone=dict(depth=101, init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet101'))
 )
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))

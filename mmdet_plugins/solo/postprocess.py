@@ -110,6 +110,7 @@ class SOLOPostProcessor:
         )
         self.nms = dict(method=nms, iou_thr=iou_thr)
 
+    @torch.no_grad()
     def __call__(
         self,
         scores: Tensor,

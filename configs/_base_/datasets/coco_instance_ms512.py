@@ -1,4 +1,4 @@
-"""COCO 2017 masks, the shorter side 352 to 512 px in training and 512 in testing (section 4.3.1)."""
+"""COCO 2017 masks, shorter side 352 to 512 px in training, 512 in testing (section 4.3.1)."""
 
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 

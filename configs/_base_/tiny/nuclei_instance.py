@@ -3,7 +3,7 @@
 Made for nuclei in microscopy (a sample of BBBC038: 165 + 50 images of 256x256 to 1024x1024 px).
 """
 
-_base_ = './demo_instance.py'
+_base_ = './demo_detection.py'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -13,3 +13,6 @@ train_pipeline = [
     dict(type='PackDetInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+
+val_evaluator = dict(metric=['bbox', 'segm'])
+test_evaluator = val_evaluator

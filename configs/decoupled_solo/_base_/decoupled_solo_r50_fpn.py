@@ -1,5 +1,4 @@
-"""Decoupled SOLO with ResNet-50 and FPN (thesis, section 3.4): settings of SOLO.
-"""
+"""Decoupled SOLO with ResNet-50 and FPN (thesis, section 3.4): settings of SOLO."""
 
 custom_imports = dict(
     imports=[
