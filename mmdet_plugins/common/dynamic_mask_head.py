@@ -27,7 +27,7 @@ def pixel_coordinates(like: Tensor) -> Tensor:
     """x and y in [-1, 1] of each location of ``like`` [N, C, h, w] -> [N, 2, h, w]."""
     n, _, h, w = like.shape
     y, x = (torch.arange(size, dtype=torch.float32, device=like.device) for size in (h, w))
-    y, x = (2 * line / line[-1:].clamp(min=1) - 1 for line in (y, x))
+    y, x = (2 * line / line[-1].clamp(min=1) - 1 for line in (y, x))
     coords = torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
     return coords.to(like.dtype).expand(n, -1, -1, -1)
 
