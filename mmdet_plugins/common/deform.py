@@ -12,7 +12,8 @@ from torch import Tensor
 from ..ops.deform_conv import deform_conv2d
 
 
-def _is_plain(module: DeformConv2d | ModulatedDeformConv2dPack) -> bool:
+def is_plain(module: DeformConv2d | ModulatedDeformConv2dPack) -> bool:
+    """Whether :func:`deform_conv2d` can take its place: no groups, the same on both axes."""
     pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
     square = all(first == second for first, second in pairs)
     return square and module.groups == module.deform_groups == 1
@@ -25,7 +26,7 @@ class AnyDeviceDeformConv2d(DeformConv2d):
         """``x`` [N, C, H, W], ``offset`` [N, 2*K, h, w] -> [N, O, h, w]."""
         with torch.autocast(x.device.type, enabled=False):
             x, offset = x.to(self.weight.dtype), offset.to(self.weight.dtype)
-            if x.is_cuda or not _is_plain(self):
+            if x.is_cuda or not is_plain(self):
                 return super().forward(x, offset)
             return deform_conv2d(
                 x,
@@ -47,7 +48,7 @@ class AnyDeviceDCNv2(ModulatedDeformConv2dPack):
         """[N, C, H, W] -> [N, O, h, w]."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.weight.dtype)
-            if x.is_cuda or not _is_plain(self):
+            if x.is_cuda or not is_plain(self):
                 return super().forward(x)
             dy_dx, mask = self.conv_offset(x).split(
                 [2 * self.weight[0, 0].numel(), self.weight[0, 0].numel()], 1

@@ -25,10 +25,11 @@ DCN = dict(type=AnyDeviceDCNv2)
 
 def pixel_coordinates(like: Tensor) -> Tensor:
     """x and y in [-1, 1] of each location of ``like`` [N, C, h, w] -> [N, 2, h, w]."""
-    h, w = like.shape[-2:]
-    y, x = (torch.linspace(-1, 1, size, device=like.device) for size in (h, w))
+    n, _, h, w = like.shape
+    y, x = (torch.arange(size, dtype=torch.float32, device=like.device) for size in (h, w))
+    y, x = (2 * line / line[-1].clamp(min=1) - 1 for line in (y, x))
     coords = torch.stack([x.expand(h, w), y[:, None].expand(h, w)])
-    return coords.to(like.dtype).expand(len(like), -1, -1, -1)
+    return coords.to(like.dtype).expand(n, -1, -1, -1)
 
 
 def resample_levels(

@@ -72,17 +72,24 @@ def deform_conv2d(
 
     first = torch.arange(n, device=features.device).view(n, 1, 1, 1, 1, 1) * (height * width)
     idx = y_idx[..., :, None] * width + x_idx[..., None, :] + first
-    sampled = F.embedding_bag(
+    sampled = _bags(
         idx.view(-1, 4),
         features.to(dtype).permute(0, 2, 3, 1).reshape(n * height * width, c),
-        per_sample_weights=(y_weight[..., :, None] * x_weight[..., None, :]).view(-1, 4),
-        mode='sum',
+        (y_weight[..., :, None] * x_weight[..., None, :]).view(-1, 4),
     )
     kernel = weight.to(dtype).permute(2, 3, 1, 0).reshape(k * k * c, o)
     out = sampled.view(n * h * w, k * k * c) @ kernel
     if bias is not None:
         out = out + bias.to(dtype)
     return out.view(n, h, w, o).permute(0, 3, 1, 2).contiguous().to(features.dtype)
+
+
+def _bags(idx: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums ``[B, C]`` of ``rows`` ``[R, C]``; ``idx`` and ``weights`` are ``[B, 4]``."""
+    if torch.onnx.is_in_onnx_export():  # ONNX has no such operator
+        pairs = zip(idx.unbind(1), weights.split(1, dim=1), strict=True)
+        return sum(rows.index_select(0, i) * weight for i, weight in pairs)
+    return F.embedding_bag(idx, rows, per_sample_weights=weights, mode='sum')
 
 
 def _corners(position: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -221,6 +221,24 @@ def resize_instances(
     return InstanceMasks(encodings if rle else masks, boxes, areas)
 
 
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Tight boxes, right and bottom exclusive, zeros for an empty mask.
+
+    Args:
+        masks: bool ``[..., H, W]``.
+
+    Returns:
+        float32 ``[..., 4]``.
+    """
+    sides = []
+    for filled in (masks.any(-2), masks.any(-1)):
+        filled = filled.to(torch.uint8)
+        sides.append((filled.argmax(-1), filled.shape[-1] - filled.flip(-1).argmax(-1)))
+    (left, right), (top, bottom) = sides
+    boxes = torch.stack([left, top, right, bottom], -1).float()
+    return boxes * masks.any(-1).any(-1)[..., None]
+
+
 class _Measures(NamedTuple):
     """Of n maps: what rescoring and suppression need.
 
@@ -440,11 +458,7 @@ def _resize_maps(
     )
     found = full[0] > mask_thr
     areas.copy_(found.sum((1, 2)))
-    for side, filled in enumerate((found.any(1), found.any(2))):
-        filled = filled.to(torch.uint8)
-        boxes[:, side] = filled.argmax(1)
-        boxes[:, side + 2] = filled.shape[1] - filled.flip(1).argmax(1)
-    boxes *= (areas > 0)[:, None]
+    boxes.copy_(mask_boxes(found))
     if masks is not None:
         masks.copy_(found)
         return []

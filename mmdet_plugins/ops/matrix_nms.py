@@ -191,20 +191,20 @@ def decay_scores(
 
 
 def matrix_decay(iou: Tensor, kernel: str = 'gaussian', sigma: float = 2.0) -> Tensor:
-    """The factors ``[N]`` of Matrix NMS, in ``[0, 1]``; ``iou`` is read above its diagonal only.
+    """The factors ``[..., N]`` of Matrix NMS, in ``[0, 1]``, from IoUs ``[..., N, N]``.
 
-    The least ratio of exponentials is the exponential of the greatest difference: one a mask.
+    Only what lies above the diagonal is read. The least ratio of exponentials is the exponential of the greatest difference: one a mask.
     """
-    if len(iou) == 0:
-        return iou.new_zeros(0)
+    if iou.shape[-1] == 0:
+        return iou.new_zeros(iou.shape[:-1])
     iou = iou.triu(1)
     if kernel == 'gaussian':
         squares = iou.square_()
-        most = squares.amax(0)
+        most = squares.amax(-2)
         # Never above 1: the mask of the highest score is not compensated.
-        return squares.sub_(most[:, None]).amax(0).clamp_(min=0).mul_(-sigma).exp_()
-    ratio = (1 - iou) / (1 - iou.amax(0))[:, None]
-    return ratio.nan_to_num_(nan=1.0).amin(0).clamp_(max=1)
+        return squares.sub_(most[..., None]).amax(-2).clamp_(min=0).mul_(-sigma).exp_()
+    ratio = (1 - iou) / (1 - iou.amax(-2))[..., None]
+    return ratio.nan_to_num_(nan=1.0).amin(-2).clamp_(max=1)
 
 
 def mask_iou(masks: Masks, labels: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from mmdet_plugins.ops.rle import decode_rle
 
 
 def grid_scores(cls_logits: Sequence[Tensor]) -> Tensor:
-    """Class probabilities [P, K] from L maps [K, S, S]; all but local maxima are zero.
+    """Class probabilities [..., P, K] from L maps [..., K, S, S]; all but local maxima are zero.
 
     A maximum is one among its cell and the cells above, to the left, and above to the left ("points
     NMS" of the released code).
@@ -32,9 +32,9 @@ def grid_scores(cls_logits: Sequence[Tensor]) -> Tensor:
     flat = []
     for logits in cls_logits:
         scores = logits.sigmoid()
-        peaks = F.max_pool2d(scores[None], 2, stride=1, padding=1)[0, :, :-1, :-1]
-        flat.append((scores * (peaks == scores)).flatten(1))
-    return torch.cat(flat, 1).T
+        peaks = F.max_pool2d(scores, 2, stride=1, padding=1)[..., :-1, :-1]
+        flat.append((scores * (peaks == scores)).flatten(-2))
+    return torch.cat(flat, -1).transpose(-1, -2)
 
 
 class EncodedMasks(list):
