@@ -229,10 +229,10 @@ class SOLOMattingHead(SOLODynamicHead):
         size = max(1, self.byte_budget // (4 * pixels))
         for chunk, out in zip(cells.split(size), mattes.split(size), strict=True):
             alpha = self._logits(outputs, image, details, chunk).sigmoid()
-            alpha = alpha[None, :, : image_hw[0], : image_hw[1]]
+            alpha = alpha[:, None, : image_hw[0], : image_hw[1]]
             if original_hw != image_hw:
                 alpha = F.interpolate(alpha, original_hw, mode='bilinear')
-            out.copy_(alpha[0].mul(255).round_())
+            out.copy_(alpha[:, 0].mul(255).round_())
         return mattes
 
 

@@ -232,9 +232,10 @@ class SOLOMattingMetric(BaseMetric):
             truths = sample['gt_instances']['masks'].masks.astype(np.float32) / 255
             mattes = self._found(sample['pred_instances'], truths.shape[1:])
             partner = match_mattes(mattes, truths)
+            errors = []
             for truth, index in zip(truths, partner, strict=True):
                 matte = mattes[index] if index >= 0 else np.zeros_like(truth)
-                self.results.append(
+                errors.append(
                     (
                         absolute_error(matte, truth) / 1000,
                         squared_error(matte, truth),
@@ -243,6 +244,7 @@ class SOLOMattingMetric(BaseMetric):
                         index >= 0,
                     )
                 )
+            self.results.append(errors)  # one entry an image: ranks repeat some
 
     def _found(self, instances: Mapping, image_hw: tuple[int, int]) -> np.ndarray:
         found = instances[self.source]
@@ -257,7 +259,8 @@ class SOLOMattingMetric(BaseMetric):
         return mattes.astype(np.float32)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        values = np.mean(results, axis=0) if results else np.full(5, np.nan)
+        errors = [one for image in results for one in image]
+        values = np.mean(errors, axis=0) if errors else np.full(5, np.nan)
         return dict(zip(('SAD', 'MSE', 'Grad', 'Conn', 'recall'), values.tolist(), strict=True))
 
 
