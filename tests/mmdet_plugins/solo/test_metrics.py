@@ -456,7 +456,7 @@ def test_mask_oracle_by_hand(tmp_path, as_rle):
     file = coco_file(tmp_path / 'coco.json')
     found = [
         rectangle(0, 0, 13, 20),  # the cat, at IoU 0.65: found at 4 of the 10 thresholds
-        rectangle(20, 0, 30, 20),  # the dog, at IoU 6 / 24
+        rectangle(24, 16, 44, 30),  # the dog, at IoU 8 / 60, and more of the crowd
         rectangle(20, 24, 30, 28),  # on the crowd alone: stays
         rectangle(40, 20, 44, 22),  # on nothing: stays, a false positive after the hit
     ]
@@ -485,6 +485,7 @@ def test_the_most_overlapping_mask_is_taken_whatever_its_class(tmp_path):
     samples = [instances_sample(1, [rectangle(17, 0, 28, 10)], [0], [0.9])]
     assert run_coco(metric, samples)['coco/oracle_segm_mAP'] == 0
     samples = [instances_sample(1, [rectangle(17, 0, 28, 10)], [1], [0.9])]
+    samples.append(instances_sample(2, [], [], []))
     metrics = run_coco(SOLOCocoMetric(ann_file=file, metric='segm', mask_oracle=True), samples)
     assert metrics['coco/segm_mAP'] == 0
     assert metrics['coco/oracle_segm_mAP'] == pytest.approx(0.5)
