@@ -187,7 +187,8 @@ def decay_scores(
 def matrix_decay(iou: Tensor, kernel: str = 'gaussian', sigma: float = 2.0) -> Tensor:
     """The factors ``[..., N]`` of Matrix NMS, in ``[0, 1]``, from IoUs ``[..., N, N]``.
 
-    Only what lies above the diagonal is read. The least ratio of exponentials is the exponential of the greatest difference: one a mask.
+    Only what lies above the diagonal is read. The least ratio of exponentials is the exponential of
+    the greatest difference: one a mask.
     """
     if iou.shape[-1] == 0:
         return iou.new_zeros(iou.shape[:-1])
