@@ -218,6 +218,8 @@ def test_categories_are_left_alone_and_all_else_is_trained(repo):
             n for n, _ in model.mask_head.named_parameters() if n.startswith(('cls_', 'conv_cls'))
         }
         assert untouched == (category if freeze else set()) and category
+        frozen = {n for n, p in model.mask_head.named_parameters() if not p.requires_grad}
+        assert frozen == untouched
 
 
 def test_masks_of_zero_and_one_are_mattes_without_transitions(repo):
