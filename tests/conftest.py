@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure() -> None:
     """Mend the environment first, as every config does with its first custom import."""
+    import mmengine.config.utils
+
     import mmdet_plugins.common.runtime  # noqa: F401
+
+    # A config with a base `mmdet::...` makes mmengine parse all of mmdet's metafiles each time.
+    mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
 
 
 def _forget_global_state() -> Iterator[None]:

@@ -100,12 +100,12 @@ def read_objects(data: Mapping, max_images: int | None = None, seed: int = 0) ->
     """Objects of a COCO annotation file (see :func:`.coco_json.load_coco`), crowds left out.
 
     Args:
-        data: The parsed file.
+        data: The parsed and checked file.
         max_images: Measure a random sample of this many images.
         seed: Of the sample.
 
     Raises:
-        ValueError: An image has no size, an annotation no box, or no object is left.
+        ValueError: No object is left.
     """
     images = data['images']
     if max_images is not None and len(images) > max_images:
@@ -115,14 +115,10 @@ def read_objects(data: Mapping, max_images: int | None = None, seed: int = 0) ->
     sizes, image_idx, boxes, centres = [], [], [], []
     skipped = 0
     for index, image in enumerate(images):
-        size = tuple(image.get(key) or 0 for key in ('height', 'width'))
-        if min(size) <= 0:
-            raise ValueError(f'image {image.get("id")} has no height and width.')
+        size = image['height'], image['width']
         sizes.append(size)
         found, masks = [], []
         for annotation in annotations_of[image['id']]:
-            if len(annotation.get('bbox') or ()) != 4:
-                raise ValueError(f'annotation {annotation.get("id")} has no bbox of four numbers.')
             x, y, width, height = annotation['bbox']
             try:
                 mask = annotation.get('segmentation')

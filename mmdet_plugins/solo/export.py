@@ -70,7 +70,10 @@ class ExportableSOLOv2(nn.Module):
                 )
         self.detector = detector.eval()
         self.max_candidates = max_candidates
-        areas = [torch.full((s * s,), stride) for s, stride in zip(head.num_grids, head.strides, strict=True)]
+        areas = [
+            torch.full((s * s,), stride)
+            for s, stride in zip(head.num_grids, head.strides, strict=True)
+        ]
         self.register_buffer('min_area', torch.cat(areas), persistent=False)
 
     def forward(self, images: Tensor) -> BatchInstances:

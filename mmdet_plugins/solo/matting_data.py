@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from mmcv import imfrombytes
 from mmcv.transforms import BaseTransform
-from mmdet.datasets import BaseDetDataset
+from mmdet.datasets import BaseDetDataset, CocoDataset
 from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
@@ -43,8 +43,8 @@ class SOLOMatteDataset(BaseDetDataset):
     """Images with the mattes of their objects, from two folders.
 
     Args:
-        label: Class of all objects, in 0 to K - 1; of ``metainfo['classes']``, ``('person',)``
-            unless given, the first one by default.
+        label: Class of all objects among ``metainfo['classes']``, which are COCO's unless given;
+            a person is 0.
         data_prefix, **kwargs: As for ``BaseDetDataset``; ``data_prefix`` names ``img`` and
             ``matte``.
 
@@ -52,7 +52,7 @@ class SOLOMatteDataset(BaseDetDataset):
         FileNotFoundError: A folder has no images, or images have no matte.
     """
 
-    METAINFO = {'classes': ('person',), 'palette': [(220, 20, 60)]}
+    METAINFO = CocoDataset.METAINFO
 
     def __init__(self, *, label: int = 0, data_prefix: dict, **kwargs: Any) -> None:
         self.label = label
@@ -120,8 +120,8 @@ class SOLOLoadMattes(BaseTransform):
 class SOLOPasteMattes(BaseTransform):
     """Paste objects from (image, matte) pairs over an image; its own masks become mattes.
 
-    Masks that are there already, 0 or 1, are taken for mattes without transitions (so do the
-    images of LVIS in section 4.3.4); those below lose what is covered. The colours of an object's
+    Masks that are there already, 0 or 1, become mattes without transitions, as those of LVIS in
+    section 4.3.4, and lose what is covered; crowds go. The colours of an object's
     image are taken as its own: where pairs are photographs and not cut-outs, estimate them before
     (:func:`~mmdet_plugins.ops.matting.estimate_foreground`).
 
@@ -146,8 +146,9 @@ class SOLOPasteMattes(BaseTransform):
         image = results['img']
         mattes, labels = [], []
         if 'gt_masks' in results:
-            mattes = [mask * np.uint8(255) for mask in results['gt_masks'].to_ndarray()]
-            labels = results['gt_bboxes_labels'].tolist()
+            single = ~results['gt_ignore_flags']
+            mattes = [*(results['gt_masks'].to_ndarray()[single] * np.uint8(255))]
+            labels = results['gt_bboxes_labels'][single].tolist()
         for _ in range(np.random.randint(self.num[0], self.num[1] + 1)):
             info = self.pairs.get_data_info(np.random.randint(len(self.pairs)))
             instance = info['instances'][np.random.randint(len(info['instances']))]

@@ -3,9 +3,12 @@
 Objects and grounds are drawn as those of the demo set (:mod:`mmdet_plugins.common.synthetic`). For
 panoptic annotation the ground is divided between two of its patterns, which are the stuff classes.
 For mattes, objects fade out over several pixels and have hair.
+
+``python -m mmdet_plugins.solo.synthetic panoptic work_dirs/demo/panoptic``, or ``mattes``
 """
 
 import json
+import sys
 from pathlib import Path
 
 import cv2
@@ -174,3 +177,7 @@ def make_matte_data(
 def _write_png(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode('.png', image)[1].tobytes())
+
+
+if __name__ == '__main__':
+    dict(panoptic=make_panoptic_data, mattes=make_matte_data)[sys.argv[1]](sys.argv[2])

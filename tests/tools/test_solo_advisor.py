@@ -204,8 +204,8 @@ def test_a_sample_of_images(advisor, tmp_path, capsys):
     ('change', 'words'),
     [
         (lambda d: d.update(annotations=[]), 'no object to measure among 0 annotations'),
-        (lambda d: d['images'][0].pop('height'), 'image 1 has no height and width'),
-        (lambda d: d['annotations'][0].pop('bbox'), 'annotation 1 has no bbox'),
+        (lambda d: d['images'][0].pop('height'), 'lacks height'),
+        (lambda d: d['annotations'][0].pop('bbox'), 'lacks bbox'),
         (lambda d: d.pop('images'), 'it has no list "images"'),
     ],
 )

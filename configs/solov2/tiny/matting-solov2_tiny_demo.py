@@ -1,4 +1,4 @@
-"""Matting at toy size, on ``scenes`` of the matting demo set.
+"""Matting at toy size, on the scenes of ``python -m mmdet_plugins.solo.synthetic mattes``.
 
 Give the weights of ``solov2_tiny_demo.py`` trained on the same objects by ``load_from``, or set
 ``model.mask_head.freeze_categories=False`` to start from nothing.

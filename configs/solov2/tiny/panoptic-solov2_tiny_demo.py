@@ -1,4 +1,4 @@
-"""Panoptic SOLOv2 at toy size, on the demo set of ``tools/make_demo_data.py --panoptic``."""
+"""Panoptic SOLOv2 at toy size, on ``python -m mmdet_plugins.solo.synthetic panoptic``'s set."""
 
 _base_ = './solov2_tiny_demo.py'
 

@@ -117,7 +117,9 @@ def test_fine_tuning_changes_data_and_schedule_only():
         for split in ('train', 'val', 'test')
         for part in ('dataloader', 'evaluator')
     } - {'train_evaluator'}
+    assert differences(swin['model'], tuned['model']) == {'backbone.init_cfg'}  # load_from instead
     assert changed == SCHEDULE | data | {
+        'model',
         'load_from',
         'data_root',
         'dataset_type',
