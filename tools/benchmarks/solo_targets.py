@@ -38,10 +38,10 @@ class TensorMasks:
         return self.masks.to(device, dtype)
 
 
-def blobs(seed: int, num: int, device: str) -> InstanceData:
+def blobs(seed: int, num: int, device: str, image_hw: tuple[int, int] = IMAGE_HW) -> InstanceData:
     """Objects of random size, place and outline, with their boxes and labels."""
     rng = np.random.default_rng(seed)
-    height, width = IMAGE_HW
+    height, width = image_hw
     masks = np.zeros((num, height, width), np.uint8)
     angle = np.linspace(0, 2 * math.pi, 64, endpoint=False)
     for mask in masks:

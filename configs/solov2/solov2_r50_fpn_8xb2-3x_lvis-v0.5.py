@@ -1,0 +1,19 @@
+"""Table 4.2: SOLOv2, ResNet-50, on LVIS v0.5, rare classes repeated; 300 objects an image."""
+
+_base_ = [
+    './_base_/solov2_r50_fpn.py',
+    'mmdet::_base_/datasets/lvis_v0.5_instance.py',
+    '../_base_/schedules/sgd_3x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+model = dict(mask_head=dict(num_classes=1230), test_cfg=dict(max_per_img=300))
+
+train_dataloader = dict(dataset=dict(dataset=dict(type='SOLOLVISDataset')))
+val_dataloader = dict(dataset=dict(type='SOLOLVISDataset'))
+test_dataloader = val_dataloader
+
+val_evaluator = dict(type='SOLOLVISMetric')
+test_evaluator = val_evaluator
+
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))
