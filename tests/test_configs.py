@@ -30,7 +30,8 @@ from mmdet_plugins.cli import shipped_configs
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
 LEAVES = shipped_configs(ROOT)
 IMAGE_HW = (96, 128)
-PATTERN = r'[a-z\d-]+(_[a-z\d-]+){2}_\d+xb\d+-[a-z\d]+_[a-z\d-]+'  # method_backbone_neck_batch_data
+# method_backbone_neck_batch_data
+PATTERN = r'[a-z\d-]+(_[a-z\d-]+){2}_\d+xb\d+-[a-z\d]+_[a-z\d.-]+'
 USERS_NAMES = {'cascade_rpn_swinl', 'cascade_rpn_swinl_uvo-finetune'}
 
 
