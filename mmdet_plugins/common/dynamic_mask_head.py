@@ -232,14 +232,3 @@ class DynamicMaskHead(BaseModule):
             kernels.append(self.conv_kernel(self.kernel_convs(grid)))
             cls_logits.append(self.conv_cls(self.cls_convs(grid[:, :channels])))
         return cls_logits, kernels, self.mask_feature_head(x, resampled)
-
-
-def dynamic_conv(features: Tensor, kernels: Tensor, kernel_size: int = 1) -> Tensor:
-    """Mask logits [P, h, w] of one image by P kernels [P, E*k*k], zero-padded.
-
-    mmdet's head does not pad, and fails for k = 3.
-    """
-    if kernel_size == 1:
-        return (kernels @ features.flatten(1)).view(-1, *features.shape[1:])
-    weight = kernels.view(len(kernels), len(features), kernel_size, kernel_size)
-    return F.conv2d(features[None], weight, padding=kernel_size // 2)[0]

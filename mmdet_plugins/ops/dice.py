@@ -5,10 +5,11 @@ and many may share it. A prediction is one map of logits or, as in Decoupled SOL
 sigmoids are multiplied.
 
 Forward and backward walk over a few masks at a time: what is kept between them are the logits, the
-bool targets and some numbers for each mask. Sums run in float32 whatever the logits are (float64 if
+targets and some numbers for each mask. Sums run in float32 whatever the logits are (float64 if
 they are), and gradients are closed forms; there is none of second order.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
 
@@ -38,11 +39,11 @@ def mask_dice_loss(
         ``[Q]``, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: Sizes do not fit each other.
+        ValueError: Sizes do not fit each other, or targets are of another type.
     """
     factors = logits if isinstance(logits, tuple) else (logits,)
     _check(factors, targets, target_idx)
-    return _Dice.apply(targets.bool(), target_idx, eps, *factors)
+    return _Dice.apply(targets, target_idx, eps, *factors)
 
 
 def mask_bce_loss(
@@ -62,10 +63,10 @@ def mask_bce_loss(
         ``[Q]``, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: Sizes do not fit each other.
+        ValueError: Sizes do not fit each other, or targets are of another type.
     """
     _check((logits,), targets, target_idx)
-    return _Focal.apply(targets.bool(), target_idx, positive_weight, 1.0, 0.0, logits)
+    return _Focal.apply(targets, target_idx, positive_weight, 1.0, 0.0, logits)
 
 
 def mask_focal_loss(
@@ -87,16 +88,59 @@ def mask_focal_loss(
         ``[Q]``, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: Sizes do not fit each other.
+        ValueError: Sizes do not fit each other, or targets are of another type.
     """
     _check((logits,), targets, target_idx)
-    return _Focal.apply(targets.bool(), target_idx, alpha, 1 - alpha, gamma, logits)
+    return _Focal.apply(targets, target_idx, alpha, 1 - alpha, gamma, logits)
+
+
+def dynamic_mask_logits(features: Tensor, kernels: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mask logits of SOLOv2: each prediction's own kernel over the mask features of its image.
+
+    With 1 x 1 kernels, one product for each image, whose gradients are written where they belong;
+    a slice or an index of the features would have a gradient of the size of the batch instead. With
+    larger ones, which are padded with zeros, a convolution for each image.
+
+    Args:
+        features: ``[N, C, h, w]``.
+        kernels: ``[Q, C * k * k]``, k odd, grouped by image; channels first, then rows, columns.
+        counts: How many kernels each image has.
+
+    Returns:
+        ``[Q, h, w]``, in the type of the autocast, if there is one.
+
+    Raises:
+        ValueError: The kernels do not fit the features, or the counts the kernels.
+    """
+    num, channels = features.shape[:2]
+    size = math.isqrt(kernels.shape[1] // channels)
+    if size % 2 == 0 or channels * size**2 != kernels.shape[1]:
+        raise ValueError(
+            f'kernels {tuple(kernels.shape)} are not [Q, {channels} * k * k] with an odd k'
+        )
+    if len(counts) != num or sum(counts) != len(kernels):
+        raise ValueError(f'counts {list(counts)} for {num} images and {len(kernels)} kernels')
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        features, kernels = features.to(dtype), kernels.to(dtype)
+    if size == 1:
+        return _Dynamic.apply(features, kernels, list(counts))
+    logits = [
+        F.conv2d(image[None], own.view(-1, channels, size, size), padding=size // 2)[0]
+        if len(own)
+        else image[:0] * own.sum()  # nothing, but with gradients
+        for image, own in zip(features.unbind(), kernels.split(list(counts)), strict=True)
+    ]
+    return torch.cat(logits)
 
 
 def _check(factors: tuple[Tensor, ...], targets: Tensor, target_idx: Tensor) -> None:
     shape = factors[0].shape
     if len(shape) != 3 or any(factor.shape != shape for factor in factors):
         raise ValueError(f'logits must be [Q, h, w], got {[tuple(f.shape) for f in factors]}')
+    if targets.dtype not in (torch.bool, torch.uint8):
+        raise ValueError(f'targets must be bool or uint8, got {targets.dtype}')
     if targets.shape[1:] != shape[1:] or target_idx.shape != shape[:1]:
         raise ValueError(
             f'logits {tuple(shape)} need targets [G, {shape[1]}, {shape[2]}] and target_idx '
@@ -125,6 +169,11 @@ def _rows(factors: Sequence[Tensor], rows: slice) -> list[Tensor]:
     return [factor[rows].flatten(1).to(_wide(factor.dtype)) for factor in factors]
 
 
+def _target_rows(targets: Tensor, target_idx: Tensor, rows: slice) -> Tensor:
+    """The targets of some masks, uint8 (which torch turns into floats faster than bool)."""
+    return targets.view(torch.uint8).flatten(1).index_select(0, target_idx[rows])
+
+
 _product = partial(reduce, torch.mul)
 
 
@@ -133,12 +182,11 @@ class _Dice(torch.autograd.Function):
     def forward(ctx, targets: Tensor, target_idx: Tensor, eps: float, *factors: Tensor) -> Tensor:
         overlap = factors[0].new_empty(len(target_idx), dtype=_wide(factors[0].dtype))
         total = torch.empty_like(overlap)
-        flat = targets.view(torch.uint8).flatten(1)
         for rows in _chunks(factors[0]):
             p = _product([x.sigmoid() for x in _rows(factors, rows)])
-            total[rows] = torch.linalg.vector_norm(p, dim=1).square()
-            overlap[rows] = (p * flat.index_select(0, target_idx[rows]).to(p.dtype)).sum(1)
-        total += flat.sum(1)[target_idx] + 2 * eps
+            t = _target_rows(targets, target_idx, rows).to(p.dtype)
+            total[rows] = torch.linalg.vector_norm(p, dim=1).square() + t.sum(1) + 2 * eps
+            overlap[rows] = t.mul_(p).sum(1)
         ctx.save_for_backward(targets, target_idx, overlap, total, *factors)
         return 1 - 2 * overlap / total
 
@@ -146,7 +194,6 @@ class _Dice(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         targets, target_idx, overlap, total, *factors = ctx.saved_tensors
-        flat = targets.view(torch.uint8).flatten(1)
         # The derivative by p is inside * t + everywhere * p.
         inside = (-2 * grad / total)[:, None]
         everywhere = (4 * grad * overlap / total.square())[:, None]
@@ -154,7 +201,8 @@ class _Dice(torch.autograd.Function):
         for rows in _chunks(factors[0]):
             parts = [x.sigmoid() for x in _rows(factors, rows)]
             slope = _product(parts) * everywhere[rows]
-            slope.addcmul_(flat.index_select(0, target_idx[rows]).to(slope.dtype), inside[rows])
+            t = _target_rows(targets, target_idx, rows).to(slope.dtype)
+            slope.addcmul_(t, inside[rows])
             for i, (out, part) in enumerate(zip(grads, parts, strict=True)):
                 by_part = _product([slope, *parts[:i], *parts[i + 1 :]])
                 out.flatten(1)[rows] = torch.ops.aten.sigmoid_backward(by_part, part)
@@ -165,35 +213,77 @@ class _Focal(torch.autograd.Function):
     """``weight * q^gamma * -log(1 - q)``, ``q`` being the probability of the wrong class."""
 
     @staticmethod
-    def forward(ctx, targets, target_idx, positive, negative, gamma, logits) -> Tensor:
+    def forward(
+        ctx,
+        targets: Tensor,
+        target_idx: Tensor,
+        positive: float,
+        negative: float,
+        gamma: float,
+        logits: Tensor,
+    ) -> Tensor:
         losses = logits.new_empty(len(target_idx), dtype=_wide(logits.dtype))
         ctx.parameters = positive, negative, gamma
         for rows in _chunks(logits):
-            target = targets.index_select(0, target_idx[rows])
-            wrong, _, weight = _Focal.terms(logits, target, rows, *ctx.parameters)
-            losses[rows] = (weight * F.softplus(wrong)).mean((1, 2))
+            target = _target_rows(targets, target_idx, rows).bool()
+            wrong, _, weight = _focal_terms(*_rows([logits], rows), target, *ctx.parameters)
+            losses[rows] = (weight * F.softplus(wrong)).mean(1)
         ctx.save_for_backward(targets, target_idx, logits)
         return losses
-
-    @staticmethod
-    def terms(logits, target, rows, positive, negative, gamma):
-        """Logit of q; q; the loss's weight with q to its power."""
-        wrong = logits[rows].to(_wide(logits.dtype))
-        wrong = torch.where(target, -wrong, wrong)
-        q = wrong.sigmoid()
-        weight = torch.full_like(q, negative).masked_fill_(target, positive)
-        return wrong, q, weight * q**gamma if gamma else weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         targets, target_idx, logits = ctx.saved_tensors
         gamma = ctx.parameters[-1]
-        scale = (grad / logits[0].numel())[:, None, None] if len(logits) else grad
+        scale = (grad / math.prod(logits.shape[1:]))[:, None]
         out = _empty(logits)
         for rows in _chunks(logits):
-            target = targets.index_select(0, target_idx[rows])
-            wrong, q, weight = _Focal.terms(logits, target, rows, *ctx.parameters)
+            target = _target_rows(targets, target_idx, rows).bool()
+            wrong, q, weight = _focal_terms(*_rows([logits], rows), target, *ctx.parameters)
             slope = weight * (q + gamma * (1 - q) * F.softplus(wrong)) * scale[rows]
-            out[rows] = torch.where(target, -slope, slope)
+            out.flatten(1)[rows] = torch.where(target, -slope, slope)
         return None, None, None, None, None, out
+
+
+def _focal_terms(
+    logits: Tensor, target: Tensor, positive: float, negative: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logit of q; q; the loss's weight with q to its power."""
+    wrong = torch.where(target, -logits, logits)
+    q = wrong.sigmoid()
+    weight = torch.full_like(q, negative).masked_fill_(target, positive)
+    return wrong, q, weight * q**gamma if gamma else weight
+
+
+class _Dynamic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: Tensor, kernels: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(features, kernels)
+        ctx.counts = counts
+        logits = features.new_empty(len(kernels), *features.shape[2:])
+        for image, own, out in _each_image(counts, features, kernels, logits):
+            torch.mm(own, image, out=out)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, kernels = ctx.saved_tensors
+        grad_features, grad_kernels = _empty(features), _empty(kernels)
+        for (image, own, part), (to_image, to_own, _) in zip(
+            _each_image(ctx.counts, features, kernels, grad),
+            _each_image(ctx.counts, grad_features, grad_kernels, grad),
+            strict=True,
+        ):
+            torch.mm(own.t(), part, out=to_image)
+            torch.mm(part, image.t(), out=to_own)
+        return grad_features, grad_kernels, None
+
+
+def _each_image(
+    counts: list[int], features: Tensor, kernels: Tensor, logits: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features ``[C, h * w]``, kernels ``[q, C]`` and logits ``[q, h * w]`` of each image."""
+    logits = logits.flatten(1).split(counts)
+    return zip(features.flatten(2), kernels.split(counts), logits, strict=True)

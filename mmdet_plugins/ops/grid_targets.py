@@ -77,9 +77,9 @@ class GridTargets(NamedTuple):
         claims = self.cells >= 0
         counts = claims.sum((1, 2)).cpu().split(self.num_objects)
         counts = [int(count.sum()) for count in counts]
-        slot = _first(claims.flatten(), sum(counts))
-        object_idx = slot // claims[0:1].numel() if claims.numel() else slot
-        image_idx = _image_idx(self.num_objects, self.cells.device)[object_idx]
+        slot = claims.flatten().nonzero_static(size=sum(counts))[:, 0]
+        object_idx = slot // math.prod(claims.shape[1:])
+        image_idx = _image_idx(self.num_objects, slot.device)[object_idx]
         return Positives(image_idx, self.cells.flatten()[slot], object_idx), counts
 
     def by_level(self) -> tuple[Positives, list[int]]:
@@ -90,15 +90,16 @@ class GridTargets(NamedTuple):
         Returns:
             The cells and how many of them each level has.
         """
-        sizes = [s * s for s in self.grid_sizes]
-        owned = [level >= 0 for level in self.owner.split(sizes, dim=1)]
-        counts = torch.stack([level.sum() for level in owned]).tolist()
-        slot = _first(torch.cat([level.flatten() for level in owned]), sum(counts))
+        sizes = [size**2 for size in self.grid_sizes]
         num_images, num_cells = self.owner.shape
-        index = torch.arange(self.owner.numel(), device=slot.device).view(num_images, num_cells)
-        index = torch.cat([level.flatten() for level in index.split(sizes, dim=1)])[slot]
-        owner = self.owner.flatten()[index]
-        return Positives(index // num_cells, index % num_cells, owner), counts
+        place = torch.arange(self.owner.numel(), device=self.owner.device).view_as(self.owner)
+        place = torch.cat([level.flatten() for level in place.split(sizes, dim=1)])
+        owned = self.owner.flatten()[place] >= 0
+        levels = owned.split([num_images * size for size in sizes])
+        counts = torch.stack([level.sum() for level in levels]).tolist()
+        place = place[owned.nonzero_static(size=sum(counts))[:, 0]]
+        owner = self.owner.flatten()[place]
+        return Positives(place // num_cells, place % num_cells, owner), counts
 
 
 def grid_targets(
@@ -155,7 +156,7 @@ def grid_targets(
             scale_ranges=scale_ranges,
             centre_ratio=centre_ratio,
         )
-        owner = _last_claim(cells, num_objects, sum(s * s for s in grid_sizes))
+        owner = _last_claim(cells, num_objects, sum(size**2 for size in grid_sizes))
         return GridTargets(
             labels=F.pad(torch.cat(list(labels)), (0, 1), value=num_classes)[owner],
             owner=owner,
@@ -221,7 +222,7 @@ class _Grids(NamedTuple):
 
 @lru_cache(maxsize=32)
 def _grids(sizes: tuple, ranges: tuple, device: torch.device) -> _Grids:
-    starts = [sum(s * s for s in sizes[:level]) for level in range(len(sizes))]
+    starts = [sum(s**2 for s in sizes[:level]) for level in range(len(sizes))]
     steps = [1 / s for s in sizes]
     rows = torch.tensor([sizes, steps, starts, *zip(*ranges, strict=True)], dtype=torch.float32)
     with torch.inference_mode(False), torch.no_grad():
@@ -257,11 +258,6 @@ def _last_claim(cells: Tensor, num_objects: Sequence[int], num_cells: int) -> Te
     return owner[:size].view(-1, num_cells)
 
 
-def _first(flags: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` flags that are set, without asking the device how many."""
-    return flags.logical_not().to(torch.uint8).argsort(stable=True)[:count]
-
-
 def _reduce(masks: Tensor, outputs: Sequence[tuple[int, tuple[int, int]]]) -> list[Tensor]:
     """Area and sums of x and y, int64 ``[G, 3]``, and for each output the mask at its stride."""
     align = math.lcm(8, *(stride for stride, _ in outputs))
@@ -280,7 +276,7 @@ def _words(masks: Tensor, align: int) -> Iterator[Tensor]:
     for part in masks.view(torch.uint8).split(max(1, budget // max(1, height * width))):
         if any(padding):
             part = F.pad(part, padding)
-        elif not part.is_contiguous() or part.stride(-1) != 1 or part.storage_offset() % 8:
+        elif part.stride() != (height * width, width, 1) or part.storage_offset() % 8:
             part = part.clone(memory_format=torch.contiguous_format)
         yield part.view(torch.int64)
 

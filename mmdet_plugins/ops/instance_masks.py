@@ -11,7 +11,7 @@ The result is the same.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matrix_nms import PackedMasks, mask_intersections, matrix_decay, pack_masks
+from .matrix_nms import PackedMasks, mask_intersections, matrix_decay, on_cpu, pack_masks
 from .rle import RLE, column_buffer, encode_columns
 
 MapsOf = Callable[[Tensor], Tensor]
@@ -47,14 +47,6 @@ class Frame(NamedTuple):
     original_hw: tuple[int, int]
 
 
-class Crop(NamedTuple):
-    """All of a map that its interpolated mask depends on: float32 ``[h', w']`` at row, column."""
-
-    probs: Tensor
-    top: int
-    left: int
-
-
 class Selection(NamedTuple):
     """The instances of an image, by falling score.
 
@@ -62,13 +54,11 @@ class Selection(NamedTuple):
         index: int64 ``[n]``, positions among the candidates.
         scores: float32 ``[n]``, class score x maskness x decay.
         labels: ``[n]``.
-        crops: Those of their maps that are still there; None for the others, and on a device.
     """
 
     index: Tensor
     scores: Tensor
     labels: Tensor
-    crops: list[Crop | None]
 
 
 class InstanceMasks(NamedTuple):
@@ -124,13 +114,13 @@ def select_instances(
         filter_thr: Nothing is dropped if not positive.
         kernel: See :func:`~mmdet_plugins.ops.matrix_nms.mask_nms`.
         sigma: See there.
-        byte_budget: Bytes that maps in the making and kept crops may take. A chunk that runs out
-            of the device's memory is halved and tried again.
+        byte_budget: Bytes that the maps of a chunk, and what is made of them, may take. A chunk
+            that runs out of the device's memory is halved and tried again.
 
     Raises:
         torch.cuda.OutOfMemoryError: Not even one map fits.
     """
-    on_cpu, total = scores.device.type == 'cpu', len(scores)
+    host, total = on_cpu(scores), len(scores)
     nms_pre = nms_pre if nms_pre > 0 else total
     max_num = max_num if max_num > 0 else total
     scores = scores.float()
@@ -138,12 +128,12 @@ def select_instances(
     ranked, order = scores.sort(descending=True, stable=True)
     bounds = ranked.tolist()
     size = byte_budget // (8 * map_hw[0] * map_hw[1])
-    size = max(1, min(size, _CHUNK) if on_cpu else size)
+    size = max(1, min(size, _CHUNK) if host else size)
     pool = _Pool.empty(scores, labels, map_hw)
 
     def extended(chunk: Tensor) -> _Pool:
         maps = maps_of(chunk)
-        found = (_measure_crops if on_cpu else _measure)(maps, mask_thr, logits)
+        found = (_measure_each if host else _measure)(maps, mask_thr, logits)
         pick = (found.areas > least[chunk]).nonzero()[:, 0]
         chunk = chunk[pick]
         new = _Pool(
@@ -153,28 +143,26 @@ def select_instances(
             found.areas[pick],
             found.packed.bits[pick],
             found.areas.new_empty(0),
-            [found.crops[i] for i in pick.tolist()] if on_cpu else [],
         )
-        return pool.merged(new, map_hw, nms_pre, byte_budget // 4)
+        return pool.merged(new, map_hw, nms_pre)
 
-    start = 0
+    start, decayed = 0, pool.scores
     while start < total and bounds[start] >= filter_thr:
-        # A factor depends on the masks of higher scores alone, and what is left ends at most at
-        # this bound: whatever lies above it now is final.
-        bound = bounds[start]
-        decayed = pool.scores * matrix_decay(pool.iou, kernel, sigma)
-        above = torch.stack([(pool.scores > bound).sum(), (decayed > bound).sum()]).tolist()
-        if above[0] >= nms_pre or above[1] >= max_num:
-            break
         pool, size = _halved_on_oom(extended, order[start:], size)
         start += size
+        decayed = pool.scores * matrix_decay(pool.iou, kernel, sigma)
+        # A factor depends on the masks of higher scores alone, and what is left ends at most at
+        # the next bound: whatever lies above that now is final.
+        if start < total:
+            above = torch.stack([(x > bounds[start]).sum() for x in (pool.scores, decayed)])
+            raw, final = above.tolist()
+            if raw >= nms_pre or final >= max_num:
+                break
 
-    decayed = pool.scores * matrix_decay(pool.iou, kernel, sigma)
     decayed, rank = decayed.sort(descending=True, stable=True)
     num = min(max_num, int((decayed >= filter_thr).sum()))
     decayed, rank = decayed[:num], rank[:num]
-    crops = [pool.crops[i] for i in rank.tolist()] if on_cpu else [None] * num
-    return Selection(pool.index[rank], decayed, pool.labels[rank], crops)
+    return Selection(pool.index[rank], decayed, pool.labels[rank])
 
 
 @torch.no_grad()
@@ -206,11 +194,10 @@ def resize_instances(
     if frame.padded_hw[0] < frame.map_hw[0] or frame.padded_hw[1] < frame.map_hw[1]:
         raise ValueError(f'a map of {frame.map_hw} is not interpolated down to {frame.padded_hw}')
     index = selection.index
-    num, device = len(index), index.device
-    on_cpu = device.type == 'cpu'
+    num, device, host = len(index), index.device, on_cpu(index)
     area = [h * w for h, w in frame]
-    size = byte_budget // (8 * area[0] if on_cpu else 5 * (area[0] + area[1] + area[3]))
-    size = max(1, min(size, _CHUNK) if on_cpu else size)
+    size = byte_budget // (8 * area[0] if host else 5 * (area[0] + area[1] + area[3]))
+    size = max(1, min(size, _CHUNK) if host else size)
     encodings: list[RLE] = []
     masks = torch.zeros(0 if rle else num, *frame.original_hw, dtype=torch.bool, device=device)
     boxes = torch.zeros(num, 4, device=device)
@@ -219,10 +206,10 @@ def resize_instances(
     def resize(chunk: Tensor) -> list[RLE]:
         span = slice(start, start + len(chunk))
         out = None if rle else masks[span]
-        if on_cpu:
-            crops = _all_crops(selection, span, maps_of, mask_thr, logits)
-            return _resize_crops(crops, frame, mask_thr, out, boxes[span], areas[span])
         maps = maps_of(chunk).float()
+        if host:
+            crops = list(_crops(maps, maps > _threshold(mask_thr, logits), logits))
+            return _resize_crops(crops, frame, mask_thr, out, boxes[span], areas[span])
         probs = maps.sigmoid_() if logits else maps
         return _resize_maps(probs, frame, mask_thr, out, boxes[span], areas[span])
 
@@ -258,14 +245,12 @@ class _Measures(NamedTuple):
     Attributes:
         packed: Their masks.
         areas: float32 ``[n]``.
-        maskness: float32 ``[n]``; anything where the area is 0.
-        crops: On the CPU only; None where the area is 0.
+        maskness: float32 ``[n]``, the mean probability over the mask; anything if that is empty.
     """
 
     packed: PackedMasks
     areas: Tensor
     maskness: Tensor
-    crops: list[Crop | None]
 
 
 def _measure(maps: Tensor, mask_thr: float, logits: bool) -> _Measures:
@@ -274,35 +259,42 @@ def _measure(maps: Tensor, mask_thr: float, logits: bool) -> _Measures:
     packed = pack_masks(masks)
     areas = masks.flatten(1).sum(1).float()
     probs = maps.sigmoid_() if logits else maps
-    return _Measures(packed, areas, probs.mul_(masks).flatten(1).sum(1) / areas, [])
+    return _Measures(packed, areas, probs.mul_(masks).flatten(1).sum(1) / areas)
 
 
-def _measure_crops(maps: Tensor, mask_thr: float, logits: bool) -> _Measures:
-    """:func:`_measure` on the CPU, which looks at each mask's box alone once it is found."""
+def _measure_each(maps: Tensor, mask_thr: float, logits: bool) -> _Measures:
+    """:func:`_measure` on the CPU, which looks at the surroundings of each mask alone."""
     maps = maps.float()
-    height, width = maps.shape[1:]
     masks = maps > _threshold(mask_thr, logits)
-    packed = pack_masks(masks)
     areas, maskness = np.zeros((2, len(maps)), dtype=np.float32)
-    crops: list[Crop | None] = []
-    for i, mask in enumerate(masks.numpy().view(np.uint8)):
-        left, top, w, h = cv2.boundingRect(mask)
-        if w == 0:
-            crops.append(None)
-            continue
-        rows = slice(max(top - _MARGIN, 0), min(top + h + _MARGIN, height))
-        columns = slice(max(left - _MARGIN, 0), min(left + w + _MARGIN, width))
-        window = maps[i, rows, columns]
-        probs = window.sigmoid() if logits else window.clone()
-        inside = mask[rows, columns]
-        areas[i] = cv2.countNonZero(inside)
-        maskness[i] = cv2.mean(probs.numpy(), inside)[0]
-        crops.append(Crop(probs, rows.start, columns.start))
-    return _Measures(packed, torch.from_numpy(areas), torch.from_numpy(maskness), crops)
+    for i, crop in enumerate(_crops(maps, masks, logits)):
+        areas[i] = cv2.countNonZero(crop.mask)
+        maskness[i] = cv2.mean(crop.probs.numpy(), crop.mask)[0]
+    return _Measures(pack_masks(masks), torch.from_numpy(areas), torch.from_numpy(maskness))
 
 
 def _threshold(mask_thr: float, logits: bool) -> float:
     return float(np.log(mask_thr / (1 - mask_thr))) if logits else mask_thr
+
+
+class _Crop(NamedTuple):
+    """All of a map that its interpolated mask depends on: ``[h', w']`` at row, column."""
+
+    probs: Tensor
+    mask: np.ndarray
+    top: int
+    left: int
+
+
+def _crops(maps: Tensor, masks: Tensor, logits: bool) -> Iterator[_Crop]:
+    height, width = maps.shape[1:]
+    for values, mask in zip(maps, masks.numpy().view(np.uint8), strict=True):
+        left, top, w, h = cv2.boundingRect(mask)
+        rows = slice(max(top - _MARGIN, 0), min(top + h + _MARGIN, height))
+        columns = slice(max(left - _MARGIN, 0), min(left + w + _MARGIN, width))
+        window = values[rows, columns]
+        probs = window.sigmoid() if logits else window
+        yield _Crop(probs, mask[rows, columns], rows.start, columns.start)
 
 
 class _Pool(NamedTuple):
@@ -315,7 +307,6 @@ class _Pool(NamedTuple):
         areas: float32 ``[n]``.
         bits: Packed masks.
         iou: float32 ``[n, n]``, 0 where labels differ.
-        crops: On the CPU; the best, as far as the budget goes.
     """
 
     index: Tensor
@@ -324,15 +315,14 @@ class _Pool(NamedTuple):
     areas: Tensor
     bits: Tensor
     iou: Tensor
-    crops: list[Crop | None]
 
     @classmethod
     def empty(cls, scores: Tensor, labels: Tensor, map_hw: tuple[int, int]) -> '_Pool':
         none = scores[:0]
         bits = none.new_empty(0, -(-map_hw[0] * map_hw[1] // 8), dtype=torch.uint8)
-        return cls(none.long(), none, labels[:0], none, bits, none.new_empty(0, 0), [])
+        return cls(none.long(), none, labels[:0], none, bits, none.new_empty(0, 0))
 
-    def merged(self, new: '_Pool', map_hw: tuple[int, int], limit: int, crop_bytes: int) -> '_Pool':
+    def merged(self, new: '_Pool', map_hw: tuple[int, int], limit: int) -> '_Pool':
         """The ``limit`` best of both; ``new`` comes without IoUs."""
         joined = [torch.cat(pair) for pair in zip(self[:5], new[:5], strict=True)]
         index, scores, labels, areas, bits = joined
@@ -345,13 +335,7 @@ class _Pool(NamedTuple):
         # Stable: of equal scores, the lowest index first.
         rank = index.argsort()
         rank = rank[scores[rank].argsort(descending=True, stable=True)][:limit]
-        crops = [*self.crops, *new.crops]
-        crops = [crops[i] for i in rank.tolist()] if crops else []
-        for i, crop in enumerate(crops):
-            crop_bytes -= 0 if crop is None else 4 * crop.probs.numel()
-            if crop_bytes < 0:
-                crops[i] = None
-        return _Pool(*(x[rank] for x in joined), iou[rank][:, rank], crops)
+        return _Pool(*(x[rank] for x in joined), iou[rank][:, rank])
 
 
 def _halved_on_oom(call: Callable, items: Tensor, size: int) -> tuple:
@@ -364,20 +348,6 @@ def _halved_on_oom(call: Callable, items: Tensor, size: int) -> tuple:
                 raise
         size = min(size, len(items)) // 2
         torch.cuda.empty_cache()
-
-
-def _all_crops(
-    selection: Selection, span: slice, maps_of: MapsOf, mask_thr: float, logits: bool
-) -> list[Crop]:
-    """The crops of some instances; those that were not kept are made again."""
-    crops = selection.crops[span]
-    missing = [i for i, crop in enumerate(crops) if crop is None]
-    if missing:
-        maps = maps_of(selection.index[span][missing])
-        again = _measure_crops(maps, mask_thr, logits).crops
-        for i, crop in zip(missing, again, strict=True):
-            crops[i] = crop
-    return crops
 
 
 class _Axis(NamedTuple):
@@ -412,7 +382,7 @@ def _axis(length: int, padded: int, image: int, original: int) -> _Axis:
 
 
 def _resize_crops(
-    crops: list[Crop],
+    crops: list[_Crop],
     frame: Frame,
     mask_thr: float,
     masks: Tensor | None,

@@ -24,6 +24,7 @@ from .rle import RLE, decode_rle
 METHODS = ('matrix', 'hard', 'soft', 'fast')
 _BLOCK = 128  # masks multiplied at a time on the CPU
 _BLOCK_DEVICE = 1024
+_FEW = 400  # pairs, up to which counting bits is faster on the CPU than multiplying bytes
 
 
 class PackedMasks(NamedTuple):
@@ -46,7 +47,7 @@ class NMSResult(NamedTuple):
     """What survives, by falling score; of equal scores the one that came first.
 
     Attributes:
-        scores: ``[n]`` after decay.
+        scores: float32 ``[n]``, after decay.
         labels: ``[n]``, or None where none were given.
         keep_inds: int64 ``[n]``, positions in the input.
     """
@@ -56,15 +57,20 @@ class NMSResult(NamedTuple):
     keep_inds: Tensor
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Which way to go: masks one after the other on the CPU, in few large steps on a device."""
+    return tensor.device.type == 'cpu'
+
+
 def pack_masks(masks: Tensor) -> PackedMasks:
-    """Pack bool ``[N, H, W]`` on its device."""
-    flat = masks.flatten(1)
-    if flat.device.type == 'cpu':
+    """Pack ``[N, H, W]``, bool or bytes 0 and 1, on its device."""
+    flat = masks.flatten(1).view(torch.uint8)
+    if on_cpu(flat):
         bits = torch.from_numpy(np.packbits(flat.numpy(), axis=1, bitorder='little'))
     else:
-        flat = F.pad(flat.view(torch.uint8), (0, -flat.shape[1] % 8))
+        flat = F.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
         places = torch.arange(8, dtype=torch.uint8, device=flat.device)
-        bits = (flat.unflatten(1, (-1, 8)) << places).sum(2, dtype=torch.uint8)
+        bits = (flat << places).sum(2, dtype=torch.uint8)
     return PackedMasks(bits, tuple(masks.shape[1:]))
 
 
@@ -96,7 +102,7 @@ def mask_nms(
     suppresses no other.
 
     ``'hard'`` removes a mask whose IoU with a kept one of a higher score exceeds ``iou_thr``;
-    ``'fast'`` (YOLACT, section 4.1) one whose IoU with any of a higher score does. ``'soft'``
+    ``'fast'`` (YOLACT, section 5) one whose IoU with any of a higher score does. ``'soft'``
     (Bodla et al., 2017) takes the best mask again and again and multiplies the scores of the others
     by ``f(iou)``, by the linear kernel only where the IoU reaches ``iou_thr``.
 
@@ -123,7 +129,7 @@ def mask_nms(
     if len(scores) != num or (labels is not None and len(labels) != num):
         sizes = f'{len(scores)} scores' + ('' if labels is None else f', {len(labels)} labels')
         raise ValueError(f'{num} masks, but {sizes}')
-    ranked, order = scores.sort(descending=True, stable=True)
+    ranked, order = scores.float().sort(descending=True, stable=True)
     if 0 < nms_pre < num:
         ranked, order = ranked[:nms_pre], order[:nms_pre]
         masks, part_labels = _take(masks, order), None if labels is None else labels[order]
@@ -175,13 +181,13 @@ def decay_scores(
         factors = np.exp(-sigma * overlaps**2)
     else:
         factors = np.where(overlaps >= iou_thr, 1 - overlaps, 1)
-    current = scores.float().cpu().numpy().copy()
+    current = scores.cpu().numpy().copy()
     waiting = np.arange(len(current))
     while len(waiting) > 1:
         best = current[waiting].argmax()
         taken, waiting = waiting[best], np.delete(waiting, best)
         current[waiting] *= factors[taken, waiting]
-    return torch.from_numpy(current).to(scores), alive
+    return torch.from_numpy(current).to(scores.device), alive
 
 
 def matrix_decay(iou: Tensor, kernel: str = 'gaussian', sigma: float = 2.0) -> Tensor:
@@ -231,6 +237,11 @@ def mask_intersections(
     others, other_labels = (masks, labels) if mirrored else (_Source(others), other_labels)
     inter = torch.zeros(len(masks), len(others), device=masks.device)
     for members, other_members in _groups(masks, labels, others, other_labels):
+        if on_cpu(masks.store) and len(members) * len(other_members) <= _FEW:
+            words = masks.words[members.numpy()]
+            common = _count_common(words, others.words[other_members.numpy()])
+            inter[members[:, None], other_members] = common
+            continue
         bands = list(_bands(masks, members))
         other_bands = bands if mirrored else list(_bands(others, other_members))
         for i, a in enumerate(bands):
@@ -242,7 +253,7 @@ def mask_intersections(
                 inter[a.members[:, None], b.members] = common
                 if mirrored and a is not b:
                     inter[b.members[:, None], a.members] = common.T
-    if labels is not None and inter.device.type != 'cpu':
+    if labels is not None and not on_cpu(inter):
         inter *= labels.to(inter.device)[:, None] == other_labels.to(inter.device)
     return inter
 
@@ -283,6 +294,14 @@ class _Source:
             cut = cut[index]
         return cut.view(torch.int8)
 
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        """The bits of all masks, uint64 ``[N, K]``."""
+        bits = (self.store if self.packed else pack_masks(self.store).bits).numpy()
+        if pad := -bits.shape[1] % 8:
+            bits = np.pad(bits, ((0, 0), (0, pad)))
+        return bits.view(np.uint64)
+
 
 @dataclass
 class _Band:
@@ -302,7 +321,7 @@ def _groups(
     masks: _Source, labels: Tensor | None, others: _Source, other_labels: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Positions of masks that are multiplied with each other: of one label, on the CPU."""
-    if labels is None or masks.device.type != 'cpu':
+    if labels is None or not on_cpu(masks.store):
         yield tuple(torch.arange(len(x), device=x.device) for x in (masks, others))
         return
     labels, other_labels = labels.cpu().numpy(), other_labels.cpu().numpy()
@@ -312,13 +331,12 @@ def _groups(
 
 def _bands(masks: _Source, members: Tensor) -> Iterator[_Band]:
     """Cut a group into blocks; a large one, on the CPU, by the rows that its masks cover."""
-    on_cpu = masks.device.type == 'cpu'
-    size = _BLOCK if on_cpu else _BLOCK_DEVICE
+    size = _BLOCK if on_cpu(masks.store) else _BLOCK_DEVICE
     if len(members) <= size:
         index = None if len(members) == len(masks) else members
         yield _Band(members, 0, masks.height, masks.dense(index, 0, masks.height))
         return
-    if not on_cpu:
+    if not on_cpu(masks.store):
         for part in members.split(size):
             yield _Band(part, 0, masks.height, masks.dense(part, 0, masks.height))
         return
@@ -336,10 +354,15 @@ def _row_spans(pixels: Tensor) -> np.ndarray:
     return np.stack([boxes[:, 1], boxes[:, 1] + boxes[:, 3]], axis=1)
 
 
+def _count_common(words: np.ndarray, others: np.ndarray) -> Tensor:
+    rows = [np.bitwise_count(row & others).sum(1, dtype=np.int64) for row in words]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` of int8 zeros and ones, exact, as float32."""
     rows, columns = len(a), len(b)
-    if a.device.type != 'cpu':  # what cuBLAS asks for: more than 16 rows, multiples of 8
+    if not on_cpu(a):  # what cuBLAS asks for: more than 16 rows, multiples of 8
         pad = -a.shape[1] % 8
         a = F.pad(a, (0, pad, 0, -rows % 8 + 16 * (rows <= 16)))
         b = F.pad(b, (0, pad, 0, -columns % 8))
@@ -366,7 +389,7 @@ def _pack_rles(rles: list[RLE]) -> PackedMasks:
 
 def _unpack(bits: Tensor) -> Tensor:
     """uint8 ``[n, K]`` to zeros and ones ``[n, 8 K]``."""
-    if bits.device.type == 'cpu':
+    if on_cpu(bits):
         return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, bitorder='little'))
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, :, None] >> places) & 1).flatten(1)

@@ -8,8 +8,8 @@ Shapes: N images, L levels, S cells a side of a level's grid, P cells of all lev
 row by row), K classes, Q positive or candidate cells, G objects of the batch, ``h w`` a mask map.
 """
 
-from collections.abc import Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Sequence
+from functools import reduce
 from operator import mul
 from typing import NamedTuple
 
@@ -26,9 +26,9 @@ from torch import Tensor
 from mmdet_plugins.common.dynamic_mask_head import (
     DynamicMaskHead,
     UnifiedMaskFeatures,
-    dynamic_conv,
 )
 from mmdet_plugins.common.finite import require_finite
+from mmdet_plugins.ops.dice import dynamic_mask_logits
 from mmdet_plugins.ops.grid_targets import GridTargets, grid_targets
 from mmdet_plugins.ops.instance_masks import Frame
 
@@ -105,8 +105,8 @@ class LocationHead(BaseModule):
     maps_are_logits: bool
     """Whether :meth:`candidate_maps` gives logits, otherwise probabilities."""
 
-    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
-        """Mask maps [Q, h, w] of cells ([Q], in P) of an image, at the size of the finest level."""
+    def candidate_maps(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
+        """What gives mask maps [Q, h, w], of the finest size, of cells ([Q], in P) of an image."""
         raise NotImplementedError
 
     def loss(
@@ -124,8 +124,7 @@ class LocationHead(BaseModule):
         """
         gt_instances, _, img_metas = unpack_gt_instances(batch_data_samples)
         outputs = self(x)
-        with torch.autocast(x[0].device.type, enabled=False):
-            losses = self.loss_by_feat(_widen(outputs), gt_instances)
+        losses = self.loss_by_feat(outputs, gt_instances)
         require_finite(losses, img_metas)
         return losses
 
@@ -134,6 +133,7 @@ class LocationHead(BaseModule):
     ) -> dict[str, Tensor]:
         """Losses from the network's outputs (equation 3.1)."""
         cls_logits = flatten_grids(outputs[0])
+        cls_logits = cls_logits.to(wide(cls_logits.dtype))
         targets = self.get_targets(outputs, batch_gt_instances)
         num_pos = targets.num_positives
         total = sum(self.loss_mask(*group).sum() for group in self.positive_masks(outputs, targets))
@@ -197,7 +197,7 @@ class LocationHead(BaseModule):
                 self.postprocess(
                     grid_scores([grid[image] for grid in outputs[0]]),
                     min_area,
-                    partial(self.candidate_maps, outputs, image),
+                    self.candidate_maps(outputs, image),
                     frame,
                     self.maps_are_logits,
                 )
@@ -243,24 +243,26 @@ class LevelMaskHead(LocationHead):
             for level, (images, level_cells, objects) in enumerate(zip(*parts, strict=True))
         ]
 
-    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
-        levels, places = self.cell_levels(cells)
+    def candidate_maps(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
         size = self.mask_sizes(outputs)[0]
-        masks = outputs[0][0].new_empty(len(cells), *size)
         one = tuple([maps[image : image + 1] for maps in part] for part in outputs)
-        for level in range(len(self.num_grids)):
-            mine = (levels == level).nonzero()[:, 0]
-            if len(mine) > 0:
-                masks[mine] = reduce(
-                    mul,
-                    (
-                        F.interpolate(factor.sigmoid()[None], size=size, mode='bilinear')[0]
-                        for factor in self.level_factors(
-                            one, level, torch.zeros_like(mine), places[mine], [len(mine)]
-                        )
-                    ),
+
+        def maps_of(cells: Tensor) -> Tensor:
+            levels, places = self.cell_levels(cells)
+            maps = one[0][0].new_empty(len(cells), *size)
+            for level in levels.unique().tolist():
+                mine = (levels == level).nonzero()[:, 0]
+                factors = self.level_factors(
+                    one, level, torch.zeros_like(mine), places[mine], [len(mine)]
                 )
-        return masks
+                probs = (
+                    F.interpolate(factor.sigmoid()[None], size=size, mode='bilinear')[0]
+                    for factor in factors
+                )
+                maps[mine] = reduce(mul, probs)
+            return maps
+
+        return maps_of
 
 
 @MODELS.register_module()
@@ -274,11 +276,10 @@ class SOLOVanillaHead(LevelMaskHead, VanillaNetwork):
         self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
     ) -> tuple[Tensor, ...]:
         feats, conv = outputs[1][level], self.conv_mask_list[level]
-        weight = conv.weight.to(feats.dtype).flatten(1)[cells].split(counts)
-        logits = [w @ feat.flatten(1) for w, feat in zip(weight, feats, strict=True)]
-        logits = torch.cat(logits) + conv.bias[cells, None]
+        kernels = conv.weight.flatten(1)[cells].to(feats.dtype)
+        logits = dynamic_mask_logits(feats, kernels, counts) + conv.bias[cells, None, None]
         # The 1x1 convolution commutes with the doubling that precedes it in the paper.
-        return (upsample(logits.view(-1, 1, *feats.shape[-2:]))[:, 0],)
+        return (upsample(logits[:, None])[:, 0],)
 
 
 @MODELS.register_module()
@@ -321,35 +322,21 @@ class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
             return super().positive_masks(outputs, targets)
         positives, counts = targets.by_image()
         kernels = flatten_grids(outputs[1])[positives.image_idx, positives.cell_idx]
-        return [
-            PositiveMasks(
-                (dynamic_conv(feats, image_kernels, self.kernel_size),),
-                targets.masks[0],
-                objects,
-            )
-            for feats, image_kernels, objects in zip(
-                outputs[2][0],
-                kernels.split(counts),
-                positives.object_idx.split(counts),
-                strict=True,
-            )
-        ]
+        logits = dynamic_mask_logits(outputs[2][0], kernels, counts)
+        return [PositiveMasks((logits,), targets.masks[0], positives.object_idx)]
 
-    def candidate_maps(self, outputs: tuple, image: int, cells: Tensor) -> Tensor:
+    def candidate_maps(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
         if not self.unified:
-            return super().candidate_maps(outputs, image, cells)
-        kernels = torch.cat([grid[image].flatten(1) for grid in outputs[1]], 1).T[cells]
-        return dynamic_conv(outputs[2][0][image], kernels, self.kernel_size)
+            return super().candidate_maps(outputs, image)
+        features = outputs[2][0][image : image + 1]
+        kernels = flatten_grids([grid[image : image + 1] for grid in outputs[1]])[0]
+        return lambda cells: dynamic_mask_logits(features, kernels[cells], [len(cells)])
 
     def level_factors(
         self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
     ) -> tuple[Tensor, ...]:
-        kernels = outputs[1][level].flatten(2)[images, :, cells].split(counts)
-        logits = [
-            dynamic_conv(feats, image_kernels, self.kernel_size)
-            for feats, image_kernels in zip(outputs[2][level], kernels, strict=True)
-        ]
-        return (torch.cat(logits),)
+        kernels = outputs[1][level].flatten(2)[images, :, cells]
+        return (dynamic_mask_logits(outputs[2][level], kernels, counts),)
 
 
 def flatten_grids(grids: list[Tensor]) -> Tensor:
@@ -357,12 +344,13 @@ def flatten_grids(grids: list[Tensor]) -> Tensor:
     return torch.cat([grid.flatten(2) for grid in grids], 2).transpose(1, 2)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _widen(outputs: tuple) -> tuple:
-    """In float32 at least."""
-    return tuple(
-        [maps.to(torch.promote_types(maps.dtype, torch.float32)) for maps in part]
-        for part in outputs
-    )
+    return tuple([maps.to(wide(maps.dtype)) for maps in part] for part in outputs)
 
 
 def _mask_array(masks) -> Tensor | np.ndarray:

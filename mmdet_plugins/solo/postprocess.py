@@ -176,7 +176,7 @@ class SOLOPostProcessor:
             rescored.append(scores[chunk[mine]] * maskness)
             packed.append(pack_masks(masks[mine]).bits)
         if not kept:
-            return Selection(labels, scores, labels, [])
+            return Selection(labels, scores, labels)
         index = torch.cat(kept)
         found = mask_nms(
             PackedMasks(torch.cat(packed), map_hw),
@@ -186,4 +186,4 @@ class SOLOPostProcessor:
             **self.suppression,
         )
         index = index[found.keep_inds]
-        return Selection(index, found.scores, found.labels, [None] * len(index))
+        return Selection(index, found.scores, found.labels)

@@ -10,7 +10,6 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.utils import get_installed_path
 
-from mmdet_plugins.common.dynamic_mask_head import dynamic_conv
 from mmdet_plugins.solo.network import SOLOMergeNeck, align_to_grid
 
 KINDS = ('vanilla', 'decoupled', 'light', 'dynamic')
@@ -30,25 +29,6 @@ def step(head, solo, samples) -> dict:
 def few(solo) -> list:
     """Two images with three objects each."""
     return [solo.sample(solo.ellipses(hw, 3), hw) for hw in ((128, 160), (101, 192))]
-
-
-@pytest.mark.parametrize('kernel_size', [1, 3])
-def test_dynamic_convolution_literally(kernel_size):
-    """Each output pixel as a sum over the window around it, zero outside."""
-    torch.manual_seed(0)
-    features, border = torch.randn(4, 5, 7, dtype=torch.double), kernel_size // 2
-    kernels = torch.randn(3, 4 * kernel_size**2, dtype=torch.double)
-    expected = torch.zeros(3, 5, 7, dtype=torch.double)
-    for q in range(3):
-        weight = kernels[q].view(4, kernel_size, kernel_size)
-        for y in range(5):
-            for x in range(7):
-                for dy in range(-border, border + 1):
-                    for dx in range(-border, border + 1):
-                        if 0 <= y + dy < 5 and 0 <= x + dx < 7:
-                            tap = weight[:, dy + border, dx + border]
-                            expected[q, y, x] += tap @ features[:, y + dy, x + dx]
-    torch.testing.assert_close(dynamic_conv(features, kernels, kernel_size), expected)
 
 
 def test_kernels_of_3x3_against_padded_convolutions(solo, few):
