@@ -65,8 +65,8 @@ class ExportableSOLOv2(nn.Module):
                 isinstance(module, AnyDeviceDeformConv2d | AnyDeviceDCNv2) and is_plain(module)
             ):
                 raise ValueError(
-                    f'{name} is a {type(module).__name__} with {module.groups} groups: of the '
-                    'deformable convolutions only AnyDeviceDCNv2 without groups is exported'
+                    'of the deformable convolutions only AnyDeviceDCNv2 without groups is '
+                    f'exported, but {name} is {type(module).__name__} with {module.groups} groups'
                 )
         self.detector = detector.eval()
         self.max_candidates = max_candidates

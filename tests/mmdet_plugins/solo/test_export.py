@@ -136,5 +136,5 @@ def test_what_is_not_exported_is_said(build, changes, sentence):
 def test_a_deformable_convolution_with_groups_is_named(build):
     detector = build(dcn='last')
     detector.mask_head.cls_convs[-1].conv.groups = 2
-    with pytest.raises(ValueError, match='mask_head.cls_convs.1.conv is a AnyDeviceDCNv2 with 2'):
+    with pytest.raises(ValueError, match='but mask_head.cls_convs.1.conv is AnyDeviceDCNv2 with 2'):
         ExportableSOLOv2(detector)
