@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 from mmdet.registry import METRICS
-from mmengine.dist import get_world_size
-from mmengine.evaluator import BaseMetric
-from mmengine.fileio import get_local_path, list_from_file
+from mmengine.fileio import list_from_file
 from mmengine.logging import MMLogger
 from torch import Tensor
 
@@ -19,20 +17,18 @@ from ..ops.coco_json import (
     Detections,
     Objects,
     base_category_ids,
-    by_image,
     check_entries,
-    listed,
-    read_json,
     to_objects,
 )
 from ..ops.open_world import OpenWorldEvaluator, format_table
 from ..ops.rle import area, encode_masks, segmentation_to_rle
 from .files import atomic_write
+from .streamed_metric import StreamedMetric, xyxy_to_xywh
 from .uvo import coco_or_uvo
 
 
 @METRICS.register_module()
-class OpenWorldMetric(BaseMetric):
+class OpenWorldMetric(StreamedMetric):
     """Class-agnostic average precision and recall of boxes and masks, whatever the class.
 
     In place of ``CocoMetric(metric='proposal')``, which knows boxes only, names the result AR@100
@@ -73,12 +69,18 @@ class OpenWorldMetric(BaseMetric):
         prefix: str | None = None,
         collect_dir: str | None = None,
     ) -> None:
-        super().__init__(collect_device=collect_device, prefix=prefix, collect_dir=collect_dir)
         if format_only and outfile_prefix is None:
             raise ValueError('format_only=True writes results only: say where by outfile_prefix.')
         if base_categories is not None and ann_file is None:
             raise ValueError('base_categories needs ann_file, which says the category of objects.')
-        self.ann_file = ann_file
+        super().__init__(
+            None if format_only else ann_file,
+            _checked,
+            backend_args,
+            collect_device=collect_device,
+            prefix=prefix,
+            collect_dir=collect_dir,
+        )
         self.format_only = format_only
         self.outfile_prefix = outfile_prefix
         self._settings = {
@@ -88,23 +90,15 @@ class OpenWorldMetric(BaseMetric):
             'tide': tide,
         }
         self._base_ids = None
-        self._images: dict[int, dict] = {}
-        if ann_file is not None and not format_only:
-            with get_local_path(ann_file, backend_args=backend_args) as path:
-                data = coco_or_uvo(read_json(path), ann_file)
-            check_entries(data, ann_file, unchecked=('file_name', 'height', 'width'))
+        if base_categories is not None and not format_only:
             if isinstance(base_categories, str):
                 base_categories = list_from_file(base_categories)
-            if base_categories is not None:
-                self._base_ids = base_category_ids(data['categories'], base_categories)
-            self._images = {image['id']: image for image in data['images']}
-            self._annotations = by_image(data['annotations'])
+            self._base_ids = base_category_ids(self.categories, base_categories)
         self._with_masks = any(t != 'bbox' for t in self._settings['iou_types'])
-        self._reset()
+        self._state = self._new_state()
 
-    def _reset(self) -> None:
-        self._evaluator = OpenWorldEvaluator(**self._settings)
-        self._found: dict[int, Detections] = {}
+    def _new_state(self) -> tuple[OpenWorldEvaluator, dict[int, Detections]]:
+        return OpenWorldEvaluator(**self._settings), {}
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Match the predictions of a batch of images, and forget them.
@@ -113,19 +107,14 @@ class OpenWorldMetric(BaseMetric):
             ValueError: An image is not in ``ann_file``, or predictions cannot be evaluated; the
                 image is named.
         """
+        evaluator, found = self._state
         for sample in data_samples:
             image_id = sample['img_id']
             detections = self._detections(sample)
             if self.outfile_prefix is not None:
-                self._found[image_id] = detections
+                found[image_id] = detections
             if not self.format_only:
-                self._evaluator.update(image_id, self._objects(sample), detections)
-
-    def evaluate(self, size: int) -> dict[str, float]:
-        """Join what the ranks have matched and compute the metrics (of all ranks, on all)."""
-        self.results = [(self._evaluator, self._found)]
-        self._reset()
-        return super().evaluate(get_world_size())
+                evaluator.update(image_id, self._objects(sample), detections)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         evaluators, found = zip(*results, strict=True)
@@ -134,15 +123,9 @@ class OpenWorldMetric(BaseMetric):
         if self.format_only:
             return {}
         evaluator = OpenWorldEvaluator.merge(evaluators)
-        logger = MMLogger.get_current_instance()
-        unseen = len(self._images) - len(evaluator.image_ids)
-        if self.ann_file is not None and unseen > 0:
-            logger.warning(
-                f'{unseen} of the {len(self._images)} images of {self.ann_file} were '
-                'not shown and do not count.'
-            )
+        self._warn_of_unseen(evaluator.image_ids)
         metrics = evaluator.compute()
-        logger.info('\n' + format_table(metrics))
+        MMLogger.get_current_instance().info('\n' + format_table(metrics))
         return metrics
 
     def _detections(self, sample: dict) -> Detections:
@@ -158,23 +141,14 @@ class OpenWorldMetric(BaseMetric):
         elif masks is not None:
             masks = [segmentation_to_rle(rle, sample['ori_shape'][:2]) for rle in masks]
         return Detections(
-            _to_xywh(pred['bboxes']), pred['scores'].detach().cpu().double().numpy(), masks
+            xyxy_to_xywh(pred['bboxes']), pred['scores'].detach().cpu().double().numpy(), masks
         )
 
     def _objects(self, sample: dict) -> Objects:
         image_id = sample['img_id']
         if self.ann_file is not None:
-            if image_id not in self._images:
-                raise ValueError(
-                    f'Image {image_id} is not in {self.ann_file} (which has '
-                    f'{listed(self._images, 3)}): data set and metric read different files.'
-                )
-            return to_objects(
-                self._annotations[image_id],
-                self._images[image_id],
-                self._with_masks,
-                self._base_ids,
-            )
+            image = self._image(sample)
+            return to_objects(self._annotations[image_id], image, self._with_masks, self._base_ids)
         if 'gt_instances' not in sample:
             raise ValueError(
                 f'Image {image_id} comes without gt_instances: load annotations in '
@@ -183,7 +157,7 @@ class OpenWorldMetric(BaseMetric):
         parts = [sample['gt_instances'], sample.get('ignored_instances', {'bboxes': []})]
         crowd = np.repeat([False, True], [len(part['bboxes']) for part in parts])
         parts = [part for part in parts if len(part['bboxes'])]
-        boxes = [_to_xywh(getattr(part['bboxes'], 'tensor', part['bboxes'])) for part in parts]
+        boxes = [xyxy_to_xywh(getattr(part['bboxes'], 'tensor', part['bboxes'])) for part in parts]
         boxes = np.concatenate([np.zeros((0, 4)), *boxes])
         if not self._with_masks:
             return Objects(boxes, boxes[:, 2] * boxes[:, 3], crowd)
@@ -214,6 +188,5 @@ class OpenWorldMetric(BaseMetric):
         MMLogger.get_current_instance().info(f'Results of {len(found)} images are in {path}.')
 
 
-def _to_xywh(boxes_xyxy: Tensor) -> np.ndarray:
-    boxes = boxes_xyxy.detach().cpu().double().numpy()
-    return np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), 1)
+def _checked(data: Any, name: str) -> dict:
+    return check_entries(coco_or_uvo(data, name), name, unchecked=('file_name', 'height', 'width'))

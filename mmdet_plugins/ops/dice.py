@@ -152,7 +152,8 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums run in, float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -166,7 +167,7 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 
 def _rows(factors: Sequence[Tensor], rows: slice) -> list[Tensor]:
     """Some masks of each factor, ``[q, h * w]``."""
-    return [factor[rows].flatten(1).to(_wide(factor.dtype)) for factor in factors]
+    return [factor[rows].flatten(1).to(wide(factor.dtype)) for factor in factors]
 
 
 def _target_rows(targets: Tensor, target_idx: Tensor, rows: slice) -> Tensor:
@@ -180,7 +181,7 @@ _product = partial(reduce, torch.mul)
 class _Dice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets: Tensor, target_idx: Tensor, eps: float, *factors: Tensor) -> Tensor:
-        overlap = factors[0].new_empty(len(target_idx), dtype=_wide(factors[0].dtype))
+        overlap = factors[0].new_empty(len(target_idx), dtype=wide(factors[0].dtype))
         total = torch.empty_like(overlap)
         for rows in _chunks(factors[0]):
             p = _product([x.sigmoid() for x in _rows(factors, rows)])
@@ -222,7 +223,7 @@ class _Focal(torch.autograd.Function):
         gamma: float,
         logits: Tensor,
     ) -> Tensor:
-        losses = logits.new_empty(len(target_idx), dtype=_wide(logits.dtype))
+        losses = logits.new_empty(len(target_idx), dtype=wide(logits.dtype))
         ctx.parameters = positive, negative, gamma
         for rows in _chunks(logits):
             target = _target_rows(targets, target_idx, rows).bool()

@@ -12,7 +12,6 @@ an image, ``H W`` the padded input, ``h w`` a quarter of it.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,13 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet_plugins.ops.dice import dynamic_mask_logits
+from mmdet_plugins.common.location_head import SOLODynamicHead, flatten_grids, frame_of
+from mmdet_plugins.ops.dice import dynamic_mask_logits, wide
 from mmdet_plugins.ops.grid_targets import GridTargets
-from mmdet_plugins.ops.instance_masks import BYTE_BUDGET
+from mmdet_plugins.ops.instance_masks import BYTE_BUDGET, Frame
 from mmdet_plugins.ops.matting import matte_dice_loss
 
-from .head import SOLODynamicHead, flatten_grids, wide
+from .matting_data import MIDDLE
 
 STRIDE = 4
 NORM = dict(type='GN', num_groups=8)
@@ -155,7 +155,7 @@ class SOLOMattingHead(SOLODynamicHead):
 
         The masks of the instances are mattes, uint8 of 0 to 255, or masks of 0 and 1.
         """
-        cls_logits, kernels, (features,), (details,) = outputs
+        _, kernels, (features,), (details,) = outputs
         targets = self.get_targets(outputs, batch_gt_instances)
         positives, counts = targets.by_image()
         chosen = flatten_grids(kernels)[positives.image_idx, positives.cell_idx]
@@ -171,12 +171,7 @@ class SOLOMattingHead(SOLODynamicHead):
             loss_matte=self.loss_matte_weight * absolute / num_pos,
         )
         if not self.freeze_categories:
-            cls_logits = flatten_grids(cls_logits)
-            losses['loss_cls'] = self.loss_cls(
-                cls_logits.to(wide(cls_logits.dtype)).flatten(0, 1),
-                targets.labels.flatten(),
-                avg_factor=targets.num_positives + 1,
-            )
+            losses['loss_cls'] = self.category_loss(outputs, targets)
         return losses
 
     def get_targets(self, outputs: tuple, batch_gt_instances: list[InstanceData]) -> GridTargets:
@@ -187,7 +182,7 @@ class SOLOMattingHead(SOLODynamicHead):
                 InstanceData(
                     bboxes=gts.bboxes,
                     labels=gts.labels,
-                    masks=torch.from_numpy(_mattes(gts) >= 128),
+                    masks=torch.from_numpy(_mattes(gts) >= MIDDLE),
                 )
                 for gts in batch_gt_instances
             ],
@@ -195,42 +190,36 @@ class SOLOMattingHead(SOLODynamicHead):
 
     def candidate_maps(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
         details = F.avg_pool2d(outputs[3][0][image : image + 1], STRIDE)
-        return partial(self._logits, outputs, image, details)
+        return self._logits_of(outputs, image, details)
 
-    def _logits(self, outputs: tuple, image: int, details: Tensor, cells: Tensor) -> Tensor:
-        """[Q, h, w] of cells ([Q], in P) of an image, by details [1, D, h, w]."""
-        kernels = torch.cat([grid[image].flatten(1) for grid in outputs[1]], 1).T[cells]
+    def _logits_of(self, outputs: tuple, image: int, details: Tensor) -> Callable[[Tensor], Tensor]:
+        """What gives logits [Q, h, w] of cells ([Q], in P), by details [1, D, h, w]."""
         features = outputs[2][0][image : image + 1]
-        return self.refinement.logits(features, details, kernels, [len(cells)])
+        kernels = flatten_grids([grid[image : image + 1] for grid in outputs[1]])[0]
+        return lambda cells: self.refinement.logits(features, details, kernels[cells], [len(cells)])
 
     def predict_by_feat(
         self, outputs: tuple, batch_img_metas: list[dict], rescale: bool = False
     ) -> list[InstanceData]:
         """SOLOv2's instances with ``mattes``, uint8 [n, H, W] of the image, 255 for 1."""
         results = super().predict_by_feat(outputs, batch_img_metas, rescale)
+        map_hw = self.mask_sizes(outputs)[0]
         for image, (found, meta) in enumerate(zip(results, batch_img_metas, strict=True)):
-            image_hw = tuple(meta['img_shape'][:2])
-            original_hw = tuple(meta['ori_shape'][:2]) if rescale else image_hw
-            found.mattes = self.mattes(outputs, image, found.cells, image_hw, original_hw)
+            frame = frame_of(map_hw, STRIDE, meta, rescale)
+            found.mattes = self.mattes(outputs, image, found.cells, frame)
         return results
 
-    def mattes(
-        self,
-        outputs: tuple,
-        image: int,
-        cells: Tensor,
-        image_hw: tuple[int, int],
-        original_hw: tuple[int, int],
-    ) -> Tensor:
-        """Mattes of cells ([n], in P), uint8 of the size ``original_hw``."""
+    def mattes(self, outputs: tuple, image: int, cells: Tensor, frame: Frame) -> Tensor:
+        """Mattes of cells ([n], in P), uint8 of the size ``frame.original_hw``."""
+        (height, width), original_hw = frame.image_hw, frame.original_hw
         details = outputs[3][0][image : image + 1]
+        logits_of = self._logits_of(outputs, image, details)
         mattes = torch.empty(len(cells), *original_hw, dtype=torch.uint8, device=cells.device)
         pixels = 3 * details[0, 0].numel() + 2 * original_hw[0] * original_hw[1]
         size = max(1, self.byte_budget // (4 * pixels))
         for chunk, out in zip(cells.split(size), mattes.split(size), strict=True):
-            alpha = self._logits(outputs, image, details, chunk).sigmoid()
-            alpha = alpha[:, None, : image_hw[0], : image_hw[1]]
-            if original_hw != image_hw:
+            alpha = logits_of(chunk).sigmoid()[:, None, :height, :width]
+            if original_hw != frame.image_hw:
                 alpha = F.interpolate(alpha, original_hw, mode='bilinear')
             out.copy_(alpha[:, 0].mul(255).round_())
         return mattes

@@ -12,75 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import hotcoco
-import numpy as np
 from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import METRICS
-from mmengine.dist import get_world_size
-from mmengine.evaluator import BaseMetric
-from mmengine.fileio import get_local_path
 from mmengine.logging import MMLogger
 from torch import Tensor
 
 from ..common.files import atomic_write
-from ..ops.coco_json import by_image, check_coco, listed, read_json
+from ..common.streamed_metric import StreamedMetric, xyxy_to_xywh
+from ..ops.coco_json import check_coco, check_entries, listed
 from ..ops.panoptic import PanopticQuality, Segments, encode_id_png, panoptic_to_ids
 from ..ops.rle import encode_masks
 from .datasets import read_ids
 
 
-class _StreamedMetric(BaseMetric):
-    """A metric that keeps one mergeable state instead of a result for each image."""
-
-    def __init__(
-        self, ann_file: str, backend_args: dict | None, annotated: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.ann_file = ann_file
-        with get_local_path(ann_file, backend_args=backend_args) as path:
-            data = read_json(path)
-        if not annotated and isinstance(data, dict):
-            data = {**data, 'annotations': []}
-        data = check_coco(data, ann_file)
-        self.categories = data['categories']
-        self._images = {image['id']: image for image in data['images']}
-        self._annotations = by_image(data['annotations'])
-
-    def _image(self, sample: Mapping) -> dict:
-        image_id = sample['img_id']
-        if image_id not in self._images:
-            raise ValueError(
-                f'Image {image_id} is not in {self.ann_file} (which has '
-                f'{listed(self._images, 3)}): data set and metric read different files.'
-            )
-        return self._images[image_id]
-
-    def _category_ids(self) -> list[int]:
-        """Category ids by label."""
-        ids = {category['name']: category['id'] for category in self.categories}
-        classes = self.dataset_meta['classes']
-        if missing := [name for name in classes if name not in ids]:
-            raise ValueError(
-                f'{self.ann_file} lacks the classes {listed(missing, 5)} of the data set: the two '
-                'read different files.'
-            )
-        return [ids[name] for name in classes]
-
-    def _warn_of_unseen(self, seen: set[int]) -> None:
-        if unseen := self._images.keys() - seen:
-            MMLogger.get_current_instance().warning(
-                f'{len(unseen)} of the {len(self._images)} images of {self.ann_file} were not '
-                'shown and do not count.'
-            )
-
-    def evaluate(self, size: int) -> dict[str, float]:
-        """Join what the ranks have matched and compute the metrics (of all ranks, on all)."""
-        self.results = [self._state]
-        self._state = self._new_state()
-        return super().evaluate(get_world_size())
+def _category_ids(metric: StreamedMetric) -> list[int]:
+    """Category ids by label."""
+    ids = {category['name']: category['id'] for category in metric.categories}
+    classes = metric.dataset_meta['classes']
+    if missing := [name for name in classes if name not in ids]:
+        raise ValueError(
+            f'{metric.ann_file} lacks the classes {listed(missing, 5)} of the data set: the two '
+            'read different files.'
+        )
+    return [ids[name] for name in classes]
 
 
 @METRICS.register_module()
-class SOLOPanopticMetric(_StreamedMetric):
+class SOLOPanopticMetric(StreamedMetric):
     """PQ, SQ and RQ of all classes, things (``_th``) and stuff (``_st``), in [0, 1].
 
     In place of ``CocoPanopticMetric``, which needs ``panopticapi``, gives percent, and takes a
@@ -109,7 +67,9 @@ class SOLOPanopticMetric(_StreamedMetric):
         backend_args: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ann_file, backend_args, annotated=not format_only, **kwargs)
+        super().__init__(
+            ann_file, _without_annotations if format_only else check_coco, backend_args, **kwargs
+        )
         if format_only and outfile_prefix is None:
             raise ValueError('format_only=True writes results only: say where by outfile_prefix.')
         if not format_only and seg_prefix is None:
@@ -136,7 +96,7 @@ class SOLOPanopticMetric(_StreamedMetric):
         """
         quality, written = self._state
         # mmdet's data set numbers the classes in the order of the file
-        category_ids = {*self._category_ids()}
+        category_ids = {*_category_ids(self)}
         category_ids = [c['id'] for c in self.categories if c['id'] in category_ids]
         for sample in data_samples:
             image = self._image(sample)
@@ -197,7 +157,7 @@ class SOLOPanopticMetric(_StreamedMetric):
 
 
 @METRICS.register_module()
-class SOLOLVISMetric(_StreamedMetric):
+class SOLOLVISMetric(StreamedMetric):
     """AP of LVIS v0.5 and v1 (Gupta et al., CVPR 2019), of rare, common and frequent classes too.
 
     In place of ``LVISMetric``, which needs ``lvis`` (broken on NumPy 2) and keeps every mask. A
@@ -223,17 +183,10 @@ class SOLOLVISMetric(_StreamedMetric):
         backend_args: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ann_file, backend_args, **kwargs)
+        super().__init__(ann_file, _checked_lvis, backend_args, **kwargs)
         self.metrics = [metric] if isinstance(metric, str) else list(metric)
         if unknown := set(self.metrics) - {'segm', 'bbox'}:
             raise ValueError(f"metric must be 'segm' or 'bbox', not {sorted(unknown)}.")
-        for entries, keys in (
-            (self._images.values(), ('neg_category_ids', 'not_exhaustive_category_ids')),
-            (self.categories, ('frequency',)),
-        ):
-            for key in keys:
-                if any(key not in entry for entry in entries):
-                    raise ValueError(f'{ann_file}: not an LVIS annotation file: it lacks "{key}".')
         self.max_dets = max_dets
         self._state = self._new_state()
 
@@ -252,7 +205,7 @@ class SOLOLVISMetric(_StreamedMetric):
             ValueError: An image is not in ``ann_file``, or ``'segm'`` finds no masks.
         """
         seen, streams = self._state
-        category_ids = self._category_ids()
+        category_ids = _category_ids(self)
         for sample in data_samples:
             image = self._image(sample)
             if image['id'] in seen:
@@ -289,11 +242,28 @@ class SOLOLVISMetric(_StreamedMetric):
         return metrics
 
 
+def _without_annotations(data: Any, name: str) -> dict:
+    """The check of a file of images and categories only."""
+    return check_coco({**data, 'annotations': []} if isinstance(data, Mapping) else data, name)
+
+
+def _checked_lvis(data: Any, name: str) -> dict:
+    # LVIS v1 names images by their address.
+    data = check_entries(check_coco(data, name), name, unchecked=('file_name',))
+    for entries, keys in (
+        (data['images'], ('neg_category_ids', 'not_exhaustive_category_ids')),
+        (data['categories'], ('frequency',)),
+    ):
+        for key in keys:
+            if any(key not in entry for entry in entries):
+                raise ValueError(f'{name}: not an LVIS annotation file: it lacks "{key}".')
+    return data
+
+
 def _shapes(iou_type: str, found: Mapping, index: list[int], image_id: int) -> tuple[str, list]:
     """Name and values of what is matched, boxes as x, y, width, height or masks as RLE."""
     if iou_type == 'bbox':
-        boxes = found['bboxes'].detach().cpu().double().numpy()[index]
-        return 'bbox', np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), 1).tolist()
+        return 'bbox', xyxy_to_xywh(found['bboxes'])[index].tolist()
     masks = found.get('masks')
     if masks is None:
         raise ValueError(f"Image {image_id}: predictions without masks; evaluate 'bbox' only.")

@@ -21,6 +21,7 @@ from mmengine.structures import PixelData
 from torch import Tensor
 
 from mmdet_plugins.common.finite import require_finite
+from mmdet_plugins.common.location_head import frame_of
 from mmdet_plugins.ops.instance_masks import BYTE_BUDGET, Frame
 from mmdet_plugins.ops.panoptic import merge_panoptic
 
@@ -68,14 +69,10 @@ class SOLOSemanticHead(PanopticFPNHead):
         """Label maps int64 [H, W]; a pixel of any thing has the label after the last one."""
         logits = self(x)['seg_preds'].float()
         step = round(1 / self.seg_rescale_factor)
-        map_hw = tuple(logits.shape[-2:])
-        padded_hw = tuple(side * step for side in map_hw)
         maps = []
         for one, meta in zip(logits, batch_img_metas, strict=True):
-            image_hw = tuple(meta['img_shape'][:2])
-            original_hw = tuple(meta['ori_shape'][:2]) if rescale else image_hw
-            best = best_class(one, Frame(map_hw, padded_hw, image_hw, original_hw))
-            maps.append(best + self.num_things_classes)
+            frame = frame_of(tuple(one.shape[1:]), step, meta, rescale)
+            maps.append(best_class(one, frame) + self.num_things_classes)
         return maps
 
 

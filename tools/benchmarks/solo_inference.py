@@ -13,8 +13,8 @@ from mmdet.structures.mask import encode_mask_results
 from mmengine.structures import InstanceData
 from solo_train_step import build_batch, build_pair, exactly
 
+from mmdet_plugins.common.mask_postprocess import grid_scores
 from mmdet_plugins.ops.rle import decode_rle
-from mmdet_plugins.solo.postprocess import grid_scores
 
 CANDIDATES = 500
 

@@ -1,36 +1,5 @@
 """Decoupled SOLO at toy size: from random weights to useful masks in minutes on a CPU."""
 
-_base_ = [
-    '../_base_/decoupled_solo_r50_fpn.py',
-    '../../_base_/tiny/demo_instance.py',
-    '../../_base_/tiny/demo_schedule.py',
-    'mmdet::_base_/default_runtime.py',
-]
+_base_ = '../../solo/tiny/solo_tiny_demo.py'
 
-model = dict(
-    backbone=dict(
-        depth=18,
-        base_channels=32,
-        stem_channels=32,
-        frozen_stages=-1,
-        norm_eval=False,
-        init_cfg=None,
-    ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4),
-    mask_head=dict(
-        num_classes=1,
-        in_channels=64,
-        feat_channels=64,
-        stacked_convs=3,
-        num_grids=[24, 18, 12, 8],
-        in_strides=[4, 8, 16, 32],
-        strides=[8, 8, 16, 16],
-        scale_ranges=[(1, 24), (12, 40), (24, 80), (48, 512)],
-        norm_cfg=dict(type='GN', num_groups=8),
-    ),
-)
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
-)
+model = dict(mask_head=dict(type='SOLODecoupledHead'))

@@ -1,37 +1,12 @@
 """SOLOv2 at toy size: from random weights to useful masks in minutes on a CPU."""
 
 _base_ = [
-    '../_base_/solov2_r50_fpn.py',
+    './_base_/solov2_tiny.py',
     '../../_base_/tiny/demo_instance.py',
     '../../_base_/tiny/demo_schedule.py',
     'mmdet::_base_/default_runtime.py',
 ]
 
-model = dict(
-    backbone=dict(
-        depth=18,
-        base_channels=32,
-        stem_channels=32,
-        frozen_stages=-1,
-        norm_eval=False,
-        init_cfg=None,
-    ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4),
-    mask_head=dict(
-        num_classes=1,
-        in_channels=64,
-        feat_channels=64,
-        stacked_convs=2,
-        num_grids=[24, 18, 12, 8],
-        in_strides=[4, 8, 16, 32],
-        strides=[8, 8, 16, 16],
-        scale_ranges=[(1, 24), (12, 40), (24, 80), (48, 512)],
-        norm_cfg=dict(type='GN', num_groups=8),
-        mask_features=dict(
-            feat_channels=32, out_channels=64, norm_cfg=dict(type='GN', num_groups=8)
-        ),
-    ),
-)
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),

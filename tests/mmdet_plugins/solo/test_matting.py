@@ -16,6 +16,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
+from mmdet_plugins.ops.instance_masks import Frame
 from mmdet_plugins.ops.matting import absolute_error, matte_dice_loss
 from mmdet_plugins.ops.rle import encode_masks
 from mmdet_plugins.solo.matting import DetailsRefinement
@@ -29,6 +30,10 @@ from mmdet_plugins.solo.matting_data import (
 from mmdet_plugins.solo.synthetic import make_matte_data
 
 HW = (64, 96)
+
+
+def frame(image_hw, original_hw):
+    return Frame((HW[0] // 4, HW[1] // 4), HW, image_hw, original_hw)
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +105,7 @@ def test_starts_as_solov2(repo):
         outputs = model.eval().mask_head(model.extract_feat(image))
         base_outputs = base.eval().mask_head(base.extract_feat(image))
         cells = torch.tensor([0, 100, 900])
-        mattes = model.mask_head.mattes(outputs, 0, cells, HW, HW)
+        mattes = model.mask_head.mattes(outputs, 0, cells, frame(HW, HW))
         probs = base.mask_head.candidate_maps(base_outputs, 0)(cells)
     probs = F.interpolate(probs[None], HW, mode='bilinear')[0].sigmoid()
     assert (mattes - 255 * probs).abs().max() <= 0.5 + 1e-3
@@ -129,13 +134,13 @@ def test_mattes_of_the_original_size_whatever_the_budget(repo):
         [torch.randn(1, 32, *HW)],
     )
     cells = torch.tensor([5, 80, 400, 900, 901])
-    expected = head._logits(outputs, 0, outputs[3][0], cells).sigmoid()[None, :, :50, :91]
+    expected = head._logits_of(outputs, 0, outputs[3][0])(cells).sigmoid()[None, :, :50, :91]
     expected = 255 * F.interpolate(expected, (73, 120), mode='bilinear')[0]
     for head.byte_budget in (1, 1 << 30):
-        mattes = head.mattes(outputs, 0, cells, (50, 91), (73, 120))
+        mattes = head.mattes(outputs, 0, cells, frame((50, 91), (73, 120)))
         assert mattes.dtype == torch.uint8 and mattes.shape == (5, 73, 120)
         assert (mattes - expected).abs().max() <= 0.5 + 1e-3
-    assert head.mattes(outputs, 0, cells[:0], HW, (7, 9)).shape == (0, 7, 9)
+    assert head.mattes(outputs, 0, cells[:0], frame(HW, (7, 9))).shape == (0, 7, 9)
 
 
 def test_what_mattes_cannot_be_made_of_is_told(repo):
@@ -194,7 +199,7 @@ def test_losses_by_loops(repo):
         for cell in cells[cells >= 0]:
             image = image_of[owner]
             details = outputs[3][0][image : image + 1]
-            prob = head._logits(outputs, image, details, cell[None]).sigmoid()
+            prob = head._logits_of(outputs, image, details)(cell[None]).sigmoid()
             dice += matte_dice_loss(prob, mattes[owner : owner + 1])[0]
             absolute += (prob[0] - mattes[owner]).abs().mean()
     assert targets.num_positives > 3

@@ -10,9 +10,9 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
+from mmdet_plugins.common.mask_postprocess import EncodedMasks, grid_scores
 from mmdet_plugins.ops.instance_masks import Frame
 from mmdet_plugins.solo import SOLOPostProcessor
-from mmdet_plugins.solo.postprocess import EncodedMasks, grid_scores
 
 FRAME = Frame((4, 6), (16, 24), (14, 23), (28, 46))
 

@@ -13,14 +13,14 @@ from mmdet.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from mmdet_plugins.ops.instance_masks import (
+from ..ops.instance_masks import (
     Frame,
     Selection,
     resize_instances,
     select_instances,
 )
-from mmdet_plugins.ops.matrix_nms import METHODS, PackedMasks, mask_nms, pack_masks
-from mmdet_plugins.ops.rle import decode_rle
+from ..ops.matrix_nms import METHODS, PackedMasks, mask_nms, pack_masks
+from ..ops.rle import decode_rle
 
 
 def grid_scores(cls_logits: Sequence[Tensor]) -> Tensor:
