@@ -116,6 +116,7 @@ def compare(expected: BatchInstances, found: BatchInstances) -> float:
     """The least IoU of a mask with its counterpart on the other side, 1 where there are none.
 
     Counterparts have one label, and scores within the tolerance: ranks of equal scores may differ.
+    Where all slots are taken, an instance that scores like the last one may have lost its slot.
     """
     worst = 1.0
     for image, count in enumerate(expected.num_instances.tolist()):
@@ -129,8 +130,10 @@ def compare(expected: BatchInstances, found: BatchInstances) -> float:
         iou = torch.where(union > 0, common / union, 1)  # padding may hold all of a mask
         iou *= labels[:, None] == other_labels
         iou *= (scores[:, None] - others).abs() < SCORE_TOLERANCE
-        if count:
-            worst = min(worst, float(iou.amax(0).min()), float(iou.amax(1).min()))
+        full = count == expected.scores.shape[1]
+        for best, own in ((iou.amax(1), scores), (iou.amax(0), others)) if count else ():
+            sure = best[own > own.min() + SCORE_TOLERANCE] if full else best
+            worst = min([worst, *sure.tolist()])
     return worst
 
 

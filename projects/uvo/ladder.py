@@ -13,12 +13,21 @@ import json
 import subprocess
 from pathlib import Path
 
-from demo import REPO, Stage, data_options, environment, keep_settings, mim, prepare_data, train
 from mmengine.config import Config
 from mmengine.device import get_device
-from two_stage import config_digest
 
 from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.stages import (
+    Stage,
+    config_digest,
+    data_options,
+    evaluate,
+    keep_settings,
+    prepare_data,
+    train,
+)
+
+REPO = Path(__file__).resolve().parents[2]
 
 ROWS = {
     'Baseline (RPN)': 'rpn_r50_fpn_8xb2-1x_coco',
@@ -73,23 +82,6 @@ def tiny(row: Config, common: Config, seed: int) -> Config:
     )
 
 
-def score(stage: Stage, device: str) -> dict[str, float]:
-    """AR by budget of a trained row, through ``mim test``."""
-    out = stage.work_dir / 'test'
-    found = sorted(out.glob('*/*.json'))
-    if not found:
-        command = mim('test', 'mmdet', stage.config, '--checkpoint', stage.checkpoint)
-        subprocess.run(
-            [*command, '--work-dir', str(out)],
-            env=environment(device, 1),
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        found = sorted(out.glob('*/*.json'))
-    metrics = json.loads(found[-1].read_text())
-    return {f'AR@{k}': 100 * metrics[f'open_world/bbox_AR@{k}'] for k in BUDGETS}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,9 +111,10 @@ def main() -> None:
     commit = subprocess.run(
         ['git', 'rev-parse', '--short', 'HEAD'], cwd=REPO, capture_output=True, text=True
     ).stdout.strip()
+    scores = {stage: evaluate(stage, data, args.device) for stage in stages}
     table = [
         {'row': stage.name}
-        | score(stage, args.device)
+        | {f'AR@{k}': 100 * scores[stage][f'open_world/bbox_AR@{k}'] for k in BUDGETS}
         | {f'paper {k}': value for k, value in zip(BUDGETS, PAPER[stage.name], strict=True)}
         | {'iterations': args.iters, 'seed': args.seed, 'commit': commit}
         for stage in stages

@@ -13,7 +13,6 @@ and tried again by the next run; the others go on, and the exit status is 1.
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import queue
@@ -38,6 +37,7 @@ from mmengine.runner import load_checkpoint
 
 import mmdet_plugins.common.runtime  # noqa: F401  (safe checkpoint loading)
 from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.stages import config_digest, digest
 from mmdet_plugins.ops.coco_json import bad_entries, read_json
 from mmdet_plugins.ops.images import read_image
 
@@ -388,20 +388,6 @@ def _read_json(path: Path) -> dict | list:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
-
-
-def config_digest(path: str | Path) -> str:
-    """SHA-256 of what a config says once its bases are merged in."""
-    content = Config.fromfile(path).to_dict()
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def digest(path: str | Path | None) -> str | None:
-    """SHA-256 of a file; None of None."""
-    if path is None:
-        return None
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

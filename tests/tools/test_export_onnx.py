@@ -1,6 +1,7 @@
 """``tools/export_onnx.py``: the file, run by ONNX Runtime, against the detector's predictions."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -46,13 +47,15 @@ model = dict(
 """
 
 
-def enliven(detector: torch.nn.Module) -> None:
+def enliven(
+    detector: torch.nn.Module, cls_std: float = 0.15, cls_bias: float = -1, kernel_std: float = 0.3
+) -> None:
     """Random weights under which dozens of cells see objects, and offsets leave their grid."""
     with torch.no_grad():
         head = detector.mask_head
-        head.conv_cls.weight.normal_(0, 0.15)
-        head.conv_cls.bias.fill_(-1)
-        head.conv_kernel.weight.normal_(0, 0.3)
+        head.conv_cls.weight.normal_(0, cls_std)
+        head.conv_cls.bias.fill_(cls_bias)
+        head.conv_kernel.weight.normal_(0, kernel_std)
         for name, parameter in detector.named_parameters():
             if 'conv_offset' in name:
                 parameter.normal_(0, 0.05)
@@ -167,6 +170,32 @@ def test_a_deformable_convolution_with_stride_in_plain_operators(tmp_path):
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), stock(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name',
+    [
+        'solov2_r50_fpn_8xb2-1x_coco',
+        'solov2-light-448_r50_fpn_8xb2-3x_coco',
+        'solov2-light-512_r50-dcn_fpn_8xb2-3x_coco',
+    ],
+)
+def test_the_published_models(script, repo, tmp_path, capsys, name):
+    config = repo / f'configs/solov2/{name}.py'
+    cfg = Config.fromfile(config).model
+    cfg.backbone.init_cfg = None
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    detector = MODELS.build(cfg)
+    detector.init_weights()
+    enliven(detector, cls_std=0.03, cls_bias=-7, kernel_std=0.1)
+    torch.save(detector.state_dict(), tmp_path / 'random.pth')
+    out = tmp_path / 'model.onnx'
+    assert script.main([str(config), str(tmp_path / 'random.pth'), str(out), '--verify']) == 0
+    found = re.search(r'agrees with torch.* (\d+) instances', capsys.readouterr().out)
+    assert int(found[1]) > 100
+    assert out.stat().st_size > 2**26
 
 
 @pytest.mark.parametrize('what', ['config', 'checkpoint', 'weights', 'method', 'nms'])
