@@ -8,7 +8,10 @@ train_pipeline = [
     dict(type='RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
     dict(type='PackDetInputs'),
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+# Grids are laid over the padded batch: images of one orientation need the least padding.
+train_dataloader = dict(
+    batch_sampler=dict(type='AspectRatioBatchSampler'), dataset=dict(pipeline=train_pipeline)
+)
 
 val_evaluator = dict(metric=['bbox', 'segm'])
 test_evaluator = val_evaluator

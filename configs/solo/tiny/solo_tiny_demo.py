@@ -29,6 +29,8 @@ model = dict(
         norm_cfg=dict(type='GN', num_groups=8),
     ),
 )
+train_cfg = dict(max_iters=1200)
+optim_wrapper = dict(optimizer=dict(lr=1e-3, fused=True))
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),

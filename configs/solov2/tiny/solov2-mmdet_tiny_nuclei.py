@@ -7,6 +7,8 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
+train_cfg = dict(max_iters=1200)
+optim_wrapper = dict(optimizer=dict(lr=1e-3, fused=True))
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),
