@@ -34,7 +34,7 @@ dataset = dict(
     data_root=data_root,
     data_prefix=dict(img='scenes/images/', matte='scenes/mattes/'),
 )
-train_dataloader = dict(dataset=dict(**dataset, pipeline=train_pipeline))
+train_dataloader = dict(batch_sampler=None, dataset=dict(**dataset, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**dataset, test_mode=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
