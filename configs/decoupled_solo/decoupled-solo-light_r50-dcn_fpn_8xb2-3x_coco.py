@@ -1,4 +1,7 @@
-"""The light form with deformable convolutions in the backbone and last in the towers."""
+"""The light form with deformable convolutions in the backbone and last in the towers.
+
+They are modulated, as in mmdet; the released code's are not.
+"""
 
 _base_ = './decoupled-solo-light_r50_fpn_8xb2-3x_coco.py'
 

@@ -1,4 +1,7 @@
-"""Table 3.1: Decoupled SOLO, ResNet-101 with deformable convolutions, 72 epochs."""
+"""Table 3.1: Decoupled SOLO, ResNet-101 with deformable convolutions, 72 epochs.
+
+They are modulated; the thesis cites the unmodulated ones.
+"""
 
 _base_ = './decoupled-solo_r101_fpn_8xb2-6x_coco.py'
 

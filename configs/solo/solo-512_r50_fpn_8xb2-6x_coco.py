@@ -1,4 +1,4 @@
-"""Table 3.6: SOLO-512, ResNet-50. Scales and ranges are those of Decoupled SOLO light."""
+"""Table 3.6: SOLO-512, ResNet-50. The scales in training are those of the light models."""
 
 _base_ = [
     './_base_/solo_r50_fpn.py',
@@ -7,5 +7,4 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-model = dict(mask_head=dict(scale_ranges=[(1, 64), (32, 128), (64, 256), (128, 512), (256, 2048)]))
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))

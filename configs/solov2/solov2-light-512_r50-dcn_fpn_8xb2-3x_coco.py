@@ -1,6 +1,7 @@
 """Table 4.7, accuracy first: three convolutions in the towers, shorter side 512 px.
 
-Deformable convolutions in the backbone and last in the towers. 128 mask feature channels, 256 in
+Deformable convolutions in the backbone and last in the towers, modulated as in mmdet, where the
+released code's are not. 128 mask feature channels, 256 in
 the towers and the scale ranges are the released code's.
 """
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..ops.instance_masks import (
     Frame,
-    Selection,
     resize_instances,
+    select_by_nms,
     select_instances,
 )
-from ..ops.matrix_nms import METHODS, PackedMasks, mask_nms, pack_masks
+from ..ops.matrix_nms import METHODS
 from ..ops.rle import decode_rle
 
 
@@ -143,7 +143,9 @@ class SOLOPostProcessor:
         if self.nms['method'] == 'matrix' and self.maskness:
             selection = select_instances(**candidates, **maps, **self.suppression)
         else:
-            selection = self._select(**candidates, **maps)
+            selection = select_by_nms(
+                **candidates, **maps, maskness=self.maskness, **self.nms, **self.suppression
+            )
         instances = resize_instances(selection, frame=frame, rle=self.rle, **maps)
         return InstanceData(
             bboxes=instances.boxes_xyxy,
@@ -152,40 +154,3 @@ class SOLOPostProcessor:
             masks=EncodedMasks(instances.masks) if self.rle else instances.masks,
             cells=cells[selection.index],
         )
-
-    def _select(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        min_area: Tensor,
-        map_hw: tuple[int, int],
-        maps_of: Callable[[Tensor], Tensor],
-        logits: bool,
-        mask_thr: float,
-        byte_budget: int,
-    ) -> Selection:
-        """:func:`select_instances` by any NMS and score, which looks at all candidates."""
-        kept, rescored, packed = [], [], []
-        size = max(1, byte_budget // (8 * map_hw[0] * map_hw[1]))
-        for chunk in torch.arange(len(scores), device=scores.device).split(size):
-            probs = maps_of(chunk).float()
-            probs = probs.sigmoid() if logits else probs
-            masks = probs > mask_thr
-            area = masks.sum((1, 2))
-            mine = (area > min_area[chunk]).nonzero()[:, 0]
-            maskness = (probs * masks).sum((1, 2))[mine] / area[mine] if self.maskness else 1
-            kept.append(chunk[mine])
-            rescored.append(scores[chunk[mine]] * maskness)
-            packed.append(pack_masks(masks[mine]).bits)
-        if not kept:
-            return Selection(labels, scores, labels)
-        index = torch.cat(kept)
-        found = mask_nms(
-            PackedMasks(torch.cat(packed), map_hw),
-            torch.cat(rescored),
-            labels[index],
-            **self.nms,
-            **self.suppression,
-        )
-        index = index[found.keep_inds]
-        return Selection(index, found.scores, found.labels)

@@ -12,7 +12,7 @@ The result is the same.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matrix_nms import PackedMasks, mask_intersections, matrix_decay, on_cpu, pack_masks
+from .matrix_nms import (
+    PackedMasks,
+    mask_intersections,
+    mask_nms,
+    matrix_decay,
+    on_cpu,
+    pack_masks,
+)
 from .rle import RLE, column_buffer, encode_columns
 
 MapsOf = Callable[[Tensor], Tensor]
@@ -163,6 +170,52 @@ def select_instances(
     num = min(max_num, int((decayed >= filter_thr).sum()))
     decayed, rank = decayed[:num], rank[:num]
     return Selection(pool.index[rank], decayed, pool.labels[rank])
+
+
+@torch.no_grad()
+def select_by_nms(
+    scores: Tensor,
+    labels: Tensor,
+    maps_of: MapsOf,
+    map_hw: tuple[int, int],
+    *,
+    min_area: Tensor,
+    mask_thr: float = 0.5,
+    logits: bool = True,
+    maskness: bool = True,
+    byte_budget: int = BYTE_BUDGET,
+    **suppression: Any,
+) -> Selection:
+    """:func:`select_instances` by any NMS, with or without maskness: it looks at all candidates.
+
+    Args:
+        maskness: Rescore by it.
+        **suppression: Options of :func:`~mmdet_plugins.ops.matrix_nms.mask_nms`.
+        scores, labels, maps_of, map_hw, min_area, mask_thr, logits, byte_budget: As there.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: Not even one map fits.
+    """
+
+    def measured(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = _measure(maps_of(chunk), mask_thr, logits)
+        mine = (found.areas > min_area[chunk]).nonzero()[:, 0]
+        chunk = chunk[mine]
+        rescored = scores[chunk] * found.maskness[mine] if maskness else scores[chunk]
+        return chunk, rescored, found.packed.bits[mine]
+
+    everything = torch.arange(len(scores), device=scores.device)
+    size, start, parts = max(1, byte_budget // (8 * map_hw[0] * map_hw[1])), 0, []
+    while start < len(scores):
+        part, size = _halved_on_oom(measured, everything[start:], size)
+        parts.append(part)
+        start += size
+    if not parts:
+        return Selection(everything, scores, labels)
+    index, rescored, bits = map(torch.cat, zip(*parts, strict=True))
+    found = mask_nms(PackedMasks(bits, map_hw), rescored, labels[index], **suppression)
+    index = index[found.keep_inds]
+    return Selection(index, found.scores, found.labels)
 
 
 @torch.no_grad()
@@ -344,9 +397,10 @@ def _halved_on_oom(call: Callable, items: Tensor, size: int) -> tuple:
         try:
             return call(items[:size]), size
         except torch.cuda.OutOfMemoryError:
-            if size == 1:
+            size = min(size, len(items))
+            if size <= 1:
                 raise
-        size = min(size, len(items)) // 2
+        size //= 2
         torch.cuda.empty_cache()
 
 

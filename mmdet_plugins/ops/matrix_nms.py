@@ -237,6 +237,8 @@ def mask_intersections(
     others, other_labels = (masks, labels) if mirrored else (_Source(others), other_labels)
     inter = torch.zeros(len(masks), len(others), device=masks.device)
     for members, other_members in _groups(masks, labels, others, other_labels):
+        if not (len(members) and len(other_members)):
+            continue
         if on_cpu(masks.store) and len(members) * len(other_members) <= _FEW:
             words = masks.words[members.numpy()]
             common = _count_common(words, others.words[other_members.numpy()])

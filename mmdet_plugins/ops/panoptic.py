@@ -38,8 +38,8 @@ def merge_panoptic(
 
     As in Panoptic-FPN (Kirillov et al., CVPR 2019, section 3), which thesis section 4.3.3 follows:
     an instance goes if too much of it is taken already, and keeps what is free of it otherwise;
-    stuff gets the pixels of no instance, unless they are too few. Nothing waits for the device
-    but the choice of the instances above ``min_score``.
+    stuff gets the pixels of no instance, unless they are too few. The host waits for the device
+    twice, whatever N: for the choice of the instances above ``min_score`` and for stuff's areas.
 
     Args:
         masks: ``[N, H, W]`` bool.

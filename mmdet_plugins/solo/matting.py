@@ -105,8 +105,8 @@ class DetailsRefinement(BaseModule):
 class SOLOMattingHead(SOLODynamicHead):
     """SOLOv2's head with mattes: takes the pyramid and, after it, the image [N, 3, H, W].
 
-    Candidates are chosen as everywhere, by maps at a quarter of the input: the mean of a matte's
-    logits over the 4 x 4 pixels, but for the borders of the image.
+    Candidates are chosen as everywhere, by maps at a quarter of the input: the coarse logits as
+    they are, and the mean of the details over the 4 x 4 pixels. The mattes themselves are exact.
 
     Args:
         loss_matte_weight: Of the mean absolute error; the thesis gives none.
@@ -153,6 +153,7 @@ class SOLOMattingHead(SOLODynamicHead):
     ) -> dict[str, Tensor]:
         """``loss_mask`` (Dice), ``loss_matte``, and ``loss_cls`` unless that branch is frozen.
 
+        Memory grows with positives times pixels of the input: they are held at full resolution.
         The masks of the instances are mattes, uint8 of 0 to 255, or masks of 0 and 1.
         """
         _, kernels, (features,), (details,) = outputs

@@ -1,4 +1,4 @@
-"""12 epochs of SGD at batch 16."""
+"""12 epochs of SGD at batch 16; the drops are the released code's, mmdet's are after 8 and 11."""
 
 max_epochs = 12
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
@@ -7,7 +7,7 @@ test_cfg = dict(type='TestLoop')
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=1 / 3, by_epoch=False, begin=0, end=500),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=max_epochs, milestones=[8, 11], gamma=0.1),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=max_epochs, milestones=[9, 11], gamma=0.1),
 ]
 
 optim_wrapper = dict(

@@ -288,6 +288,10 @@ def test_chunks_shrink_until_they_fit(way):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         ops.select_instances(scores[cells, labels], labels, maps_of, (26, 38))
     assert calls[-1] == 1
+    calls.clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # not an endless loop over nothing
+        ops.select_instances(scores[cells, labels][:1], labels[:1], maps_of, (26, 38))
+    assert set(calls) == {1}
 
 
 def test_a_map_is_not_shrunk():

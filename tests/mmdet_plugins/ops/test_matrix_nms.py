@@ -176,6 +176,8 @@ def test_none_and_one(method, form, way):
         )
         assert found.scores.tolist() == [0.5] * num
         assert found.labels.tolist() == found.keep_inds.tolist() == [0] * num
+        alone = ops.mask_nms(FORMS[form](masks), torch.full((num,), 0.5), method=method)
+        assert alone.keep_inds.tolist() == [0] * num
 
 
 @pytest.mark.parametrize('kernel', ['gaussian', 'linear'])
@@ -249,3 +251,5 @@ def test_cuda_agrees(form, method):
     found = ops.mask_nms(FORMS[form](moved), scores.cuda(), labels.cuda(), method=method)
     assert torch.equal(found.keep_inds.cpu(), expected.keep_inds)
     torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=1e-6, atol=0)
+    none = ops.mask_nms(FORMS[form](moved[:0]), scores[:0].cuda(), labels[:0].cuda(), method=method)
+    assert len(none.keep_inds) == 0
