@@ -1,0 +1,52 @@
+"""What changes in a DenseCL model with the data and with time."""
+
+from mmdet.registry import HOOKS
+from mmengine.dist import get_world_size
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+
+from .model import DenseCL
+
+
+def _model(runner) -> DenseCL:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+@HOOKS.register_module()
+class DenseCLWarmupHook(Hook):
+    """The global term alone for some iterations, then another weight (section 5.3.4, way 2).
+
+    The model is to be trained with ``find_unused_parameters=True`` on several ranks: without the
+    dense term its head gets no gradient.
+
+    Args:
+        iters: Iterations with lambda 0.
+        dense_weight: Lambda after them; 1.0 is the last row of Table 5.6.
+    """
+
+    def __init__(self, iters: int = 10000, dense_weight: float = 1.0) -> None:
+        self.iters = iters
+        self.dense_weight = dense_weight
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        _model(runner).dense_weight = self.dense_weight if runner.iter >= self.iters else 0.0
+
+
+@HOOKS.register_module()
+class DenseCLQueueSizeHook(Hook):
+    """Keeps the queues of a small data set from holding keys of the very images they are not.
+
+    They get half as many keys as there are images at most (COCO has 1.8 images a key), but those of
+    one batch at least.
+    """
+
+    def before_run(self, runner) -> None:
+        if not hasattr(runner, 'train_loop') or runner._train_loop is None:
+            return
+        loader = runner.train_loop.dataloader
+        batch = loader.batch_sampler.batch_size * get_world_size()
+        model = _model(runner)
+        size = max(batch, len(loader.dataset) // 2)
+        if size < len(model.queue.keys):
+            model.resize_queues(size)
+            runner.logger.info(f'Queues of {size} keys, for {len(loader.dataset)} images.')
