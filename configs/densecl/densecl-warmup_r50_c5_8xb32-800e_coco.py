@@ -2,8 +2,9 @@
 
 _base_ = './densecl_r50_c5_8xb32-800e_coco.py'
 
+model = dict(dense_weight=1.0)
 custom_hooks = [
     dict(type='DenseCLQueueSizeHook'),
-    dict(type='DenseCLWarmupHook', iters=10000, dense_weight=1.0),
+    dict(type='DenseCLWarmupHook', iters=10000),
 ]
 find_unused_parameters = True

@@ -14,22 +14,24 @@ def _model(runner) -> DenseCL:
 
 @HOOKS.register_module()
 class DenseCLWarmupHook(Hook):
-    """The global term alone for some iterations, then another weight (section 5.3.4, way 2).
+    """The global term alone for some iterations, then the model's lambda (section 5.3.4, way 2).
 
-    The model is to be trained with ``find_unused_parameters=True`` on several ranks: without the
-    dense term its head gets no gradient.
+    Without the dense term the dense head gets no gradient: on several ranks the config has to say
+    ``find_unused_parameters=True``.
 
     Args:
-        iters: Iterations with lambda 0.
-        dense_weight: Lambda after them; 1.0 is the last row of Table 5.6.
+        iters: Iterations with lambda 0; 10,000 for the last row of Table 5.6.
     """
 
-    def __init__(self, iters: int = 10000, dense_weight: float = 1.0) -> None:
+    def __init__(self, iters: int = 10000) -> None:
         self.iters = iters
-        self.dense_weight = dense_weight
+
+    def before_train(self, runner) -> None:
+        self._dense_weight = _model(runner).dense_weight
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        _model(runner).dense_weight = self.dense_weight if runner.iter >= self.iters else 0.0
+        started = runner.iter >= self.iters
+        _model(runner).dense_weight = self._dense_weight if started else 0.0
 
 
 @HOOKS.register_module()

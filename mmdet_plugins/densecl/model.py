@@ -55,7 +55,7 @@ class DenseCLHead(BaseModule):
         hidden_channels: Of the layer between.
         out_channels: E.
         grid_size: S; features of another size are brought to it by adaptive average pooling.
-        init_cfg: By default as released: linear layers from N(0, 0.01), convolutions as PyTorch's.
+        init_cfg: By default as released: He's for the linear layers, PyTorch's for convolutions.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DenseCLHead(BaseModule):
         grid_size: int = 7,
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(init_cfg or dict(type='Normal', layer='Linear', std=0.01))
+        super().__init__(init_cfg or dict(type='Kaiming', layer='Linear', mode='fan_in'))
         self.out_channels = out_channels
         self.grid_size = grid_size
         self.global_mlp = nn.Sequential(
