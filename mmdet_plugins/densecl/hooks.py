@@ -4,6 +4,7 @@ from mmdet.registry import HOOKS
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop
 
 from .model import DenseCL
 
@@ -43,7 +44,7 @@ class DenseCLQueueSizeHook(Hook):
     """
 
     def before_run(self, runner) -> None:
-        if not hasattr(runner, 'train_loop') or runner._train_loop is None:
+        if not isinstance(runner._train_loop, BaseLoop):  # nothing is trained
             return
         loader = runner.train_loop.dataloader
         batch = loader.batch_sampler.batch_size * get_world_size()

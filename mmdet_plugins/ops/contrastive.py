@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS, _COLUMNS = 2048, 2048  # queries and negatives whose logits exist at a time: 16 MB
+_LOGITS = 1 << 22  # that exist at a time: 16 MB, half of what the caches of a server hold
+_LOGITS_DEVICE = 1 << 23  # fewer and larger launches
 
 
 def info_nce(
@@ -28,7 +29,7 @@ def info_nce(
     Args:
         query: Float ``[M, C]``.
         key: Float ``[M, C]``, the positive of each query.
-        queue: Float ``[K, C]``, negatives of all queries; K may be 0. No gradient reaches it.
+        queue: Float ``[K, C]``, negatives of all queries. No gradient reaches it.
         temperature: t above; positive.
         dtype: What is multiplied with the queue, sums being float32 whatever it is. By default
             bfloat16 on a CUDA device that computes in it, and float32 elsewhere. The positive is
@@ -46,72 +47,55 @@ def info_nce(
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, queue, temperature, dtype):
+        of_query, of_key = ctx.needs_input_grad[:2]
         with torch.autocast(query.device.type, enabled=False):
-            query_, key_ = query.float(), key.float()
-            positive = (query_ * key_).sum(1) / temperature
-            scaled, queue = (query_ / temperature).to(dtype), queue.to(dtype)
-            with_grad = ctx.needs_input_grad[0]
-            parts = [
-                _stream(*part, queue.split(_COLUMNS), with_grad)
-                for part in zip(
-                    scaled.split(_ROWS), key_.split(_ROWS), positive.split(_ROWS), strict=True
-                )
-            ]
-            log_sum, pull = (torch.cat(part) if part[0] is not None else None
-                             for part in zip(*parts, strict=True))  # fmt: skip
-            loss = log_sum - positive
-            ctx.temperature = temperature
-            ctx.save_for_backward(
-                pull.sub_(key_).div_(temperature) if with_grad else None,
-                query if ctx.needs_input_grad[1] else None,
-                loss,
-            )
-            ctx.dtypes = query.dtype, key.dtype
+            scaled, keys = query.float() / temperature, key.float()
+            positive = (scaled * keys).sum(1)
+            log_sum, mean = _attend(scaled.to(dtype), queue.to(dtype), positive, keys, of_query)
+        loss = log_sum - positive
+        ctx.temperature, ctx.dtypes = temperature, (query.dtype, key.dtype)
+        ctx.save_for_backward(
+            mean.sub_(keys).div_(temperature) if of_query else None, query if of_key else None, loss
+        )
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         by_query, query, loss = ctx.saved_tensors
-        grad = grad[:, None]
         grad_query = grad_key = None
         if by_query is not None:
-            grad_query = (grad * by_query).to(ctx.dtypes[0])
+            grad_query = (grad[:, None] * by_query).to(ctx.dtypes[0])
         if query is not None:
-            share = torch.expm1(-loss)[:, None] / ctx.temperature  # p+ - 1
-            grad_key = (grad * share * query.float()).to(ctx.dtypes[1])
+            share = torch.expm1(-loss) / ctx.temperature  # p+ - 1
+            grad_key = ((grad * share)[:, None] * query.float()).to(ctx.dtypes[1])
         return grad_query, grad_key, None, None, None
 
 
-def _stream(scaled, key, positive, tiles, with_grad):
-    """Log of the sum of exponentials ``[m]``, and the softmax's mean of the keys ``[m, C]``.
+def _attend(
+    scaled: Tensor, queue: Tensor, log_sum: Tensor, first: Tensor, with_mean: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp ``[M]`` of the logits, and the mean ``[M, C]`` of the keys by their softmax.
 
-    The positive is the first term of both, the tiles follow; all sums are relative to the largest
-    logit so far.
+    Both start with one key a query, of logit ``log_sum`` and value ``first``.
     """
-    top = positive.clone()
-    total = torch.ones_like(top)
-    mean = key.clone() if with_grad else None
-    for tile in tiles:
+    mean = first.clone()
+    budget = _LOGITS_DEVICE if scaled.is_cuda else _LOGITS
+    for tile in queue.split(max(64, budget // len(scaled))):
         logits = _product(scaled, tile.T)
-        new = torch.maximum(top, logits.amax(1))
-        fade = torch.exp(top - new)
-        top = new
-        weights = logits.sub_(new[:, None]).exp_()
-        total = total.mul_(fade).add_(weights.sum(1))
-        if with_grad:
-            mean.mul_(fade[:, None])
-            if weights.dtype == tile.dtype:
-                mean.addmm_(weights, tile)
-            else:
-                mean.add_(_product(weights.to(tile.dtype), tile))
-    return total.log().add_(top), mean.div_(total[:, None]) if with_grad else None
+        log_weights = logits.log_softmax(1)
+        of_tile = logits[:, 0] - log_weights[:, 0]
+        del logits
+        before, log_sum = log_sum, torch.logaddexp(log_sum, of_tile)
+        if with_mean:
+            weights = log_weights.exp_().to(tile.dtype)
+            mean.mul_(torch.exp(before - log_sum)[:, None])
+            mean.addcmul_(_product(weights, tile), torch.exp(of_tile - log_sum)[:, None])
+    return log_sum, mean
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32, of factors that may be shorter."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype != torch.float32 and 'dtype' in torch.ops.aten.mm.overloads():
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
