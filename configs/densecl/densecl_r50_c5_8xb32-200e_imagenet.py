@@ -10,3 +10,6 @@ _base_ = [
 train_dataloader = dict(
     dataset=dict(data_root='data/imagenet/', data_prefix=dict(img='train/')),
 )
+default_hooks = dict(
+    checkpoint=dict(type='AtomicCheckpointHook', interval=10, max_keep_ckpts=2),
+)

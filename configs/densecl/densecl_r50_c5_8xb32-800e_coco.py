@@ -10,3 +10,6 @@ _base_ = [
 train_dataloader = dict(
     dataset=dict(data_root='data/coco/', data_prefix=dict(img='train2017/')),
 )
+default_hooks = dict(
+    checkpoint=dict(type='AtomicCheckpointHook', interval=10, max_keep_ckpts=2),
+)

@@ -1,5 +1,6 @@
 """A folder of images as a data set, for methods that need no labels."""
 
+import logging
 from typing import Any
 
 import cv2
@@ -79,7 +80,7 @@ class ImageFolderDataset(BaseDetDataset):
                 raise ValueError(sentence) from error
         if path not in self._named:
             self._named.add(path)
-            print_log(f'{sentence} Others are taken in its place.', 'current', level='WARNING')
+            print_log(f'{sentence} Others are taken in its place.', 'current', logging.WARNING)
         return None
 
     def _is_readable(self, path: str) -> bool:

@@ -33,7 +33,7 @@ class Exchange:
 
     def back(self, results: Sequence[Tensor]) -> list[Tensor]:
         """Results ``[num, ...]`` of what ``send`` returned -> those of this rank's own samples."""
-        packed = torch.cat([result.flatten(1).float() for result in results], dim=1)
+        packed = torch.cat([result.reshape(len(result), -1).float() for result in results], dim=1)
         home = torch.empty_like(packed)
         home[self._order] = _all_to_all(packed, self._received, self._sent)
         widths = [result[0].numel() for result in results]

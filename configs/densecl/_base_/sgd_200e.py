@@ -7,6 +7,3 @@ optim_wrapper = dict(
 )
 param_scheduler = [dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=True, T_max=max_epochs)]
 auto_scale_lr = dict(enable=False, base_batch_size=256)
-default_hooks = dict(
-    checkpoint=dict(type='AtomicCheckpointHook', interval=10, max_keep_ckpts=2),
-)

@@ -10,6 +10,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, DictAction
 from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
 
 import mmdet_plugins.densecl  # noqa: F401
 from mmdet_plugins.cli import find_config
@@ -49,6 +50,7 @@ def test_row(name, options):
             'model.queue_size': 64,
         }
     )
+    init_default_scope('mmdet')
     built = MODELS.build(model.model)
     logged = built.train_step(
         dict(inputs=torch.randint(0, 256, (2, 2, 3, 96, 96), dtype=torch.uint8)),

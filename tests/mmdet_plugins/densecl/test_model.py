@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.optim import OptimWrapper
+from mmengine.registry import init_default_scope
 
 import mmdet_plugins.densecl  # noqa: F401
 
@@ -14,6 +15,7 @@ GRID, MOMENTUM, TEMPERATURE = 3, 0.9, 0.2
 
 
 def build(**options) -> torch.nn.Module:
+    init_default_scope('mmdet')
     torch.manual_seed(0)
     model = MODELS.build(
         dict(
