@@ -308,9 +308,6 @@ class DenseCL(BaseModel):
         for queue in (self.queue, self.dense_queue):
             queue.keys = queue.keys[:size].clone()
 
-    def extra_repr(self) -> str:
-        return f'dense_weight={self.dense_weight}, matching={self.matching!r}'
-
 
 def _cells_of(maps: Tensor, cells: Tensor) -> Tensor:
     """Vectors [N * n, E] of ``maps`` [N, E, S, S] at ``cells`` [N, n]."""
