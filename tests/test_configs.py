@@ -168,6 +168,15 @@ def segmentation_batch() -> dict:
     return dict(inputs=[noise(*IMAGE_HW) for _ in samples], data_samples=samples)
 
 
+def two_view_batch() -> dict:
+    return dict(
+        inputs=torch.stack([torch.stack([noise(96, 96) for _ in range(2)]) for _ in range(2)]),
+        frames_xyxy=torch.tensor([[0.0, 0.0, 128.0, 96.0], [120.0, 8.0, 20.0, 80.0]]).repeat(
+            2, 1, 1
+        ),
+    )
+
+
 @pytest.fixture(scope='module')
 def stepped() -> set[str]:
     """Models, with their optimisers, that took a step: schedules and data sets share many."""
@@ -193,7 +202,11 @@ def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch, stepped):
         cfg.optim_wrapper.pop('loss_scale', None)
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
-        logged = model.train_step(segmentation_batch() if segmenter else detection_batch(), wrapper)
+        two_views = 'TwoViews' in str(cfg.train_dataloader.dataset.pipeline)
+        batch = (
+            segmentation_batch if segmenter else two_view_batch if two_views else detection_batch
+        )
+        logged = model.train_step(batch(), wrapper)
     assert all(torch.isfinite(value).all() for value in logged.values())
     assert logged['loss'] > 0
     for part, module in model.named_children():
@@ -211,6 +224,8 @@ def test_every_named_type_is_registered(name):
     hooks = [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]
     wanted = [(HOOKS, hook) for hook in hooks] + [(LOOPS, cfg.train_cfg)]
     for split in ('train', 'val', 'test'):
+        if split != 'train' and not cfg.get(f'{split}_dataloader'):
+            continue
         loader, evaluator = cfg[f'{split}_dataloader'], cfg.get(f'{split}_evaluator') or []
         wanted += [
             (METRICS, one) for one in ([evaluator] if isinstance(evaluator, dict) else evaluator)

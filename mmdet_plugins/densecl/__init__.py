@@ -1,0 +1,25 @@
+"""DenseCL: pre-training of a backbone on images without labels, by dense contrast.
+
+Paper: Wang et al., "Dense Contrastive Learning for Self-Supervised Visual Pre-Training", CVPR 2021,
+as chapter 5 of Wang's thesis, whose equations, sections and tables the docstrings cite. Reference
+code: WXinlong/DenseCL; it decides where the thesis is silent (which vectors are pooled, order of
+the updates, initialisation of the heads). MoCo-v2 is the same model with ``dense_weight=0``.
+
+Deviations: the logits of queries and queue exist nowhere (``ops/contrastive.py``); shuffling BN
+exchanges each sample with one other rank instead of gathering all images and all backbone features
+on every rank, and does nothing where there is one rank; without the dense term its branch is not
+computed, so that its queue is not filled either.
+"""
+
+from .hooks import DenseCLQueueSizeHook, DenseCLWarmupHook
+from .model import DenseCL, DenseCLDataPreprocessor, DenseCLHead
+from .transforms import DenseCLTwoViews
+
+__all__ = [
+    'DenseCL',
+    'DenseCLDataPreprocessor',
+    'DenseCLHead',
+    'DenseCLQueueSizeHook',
+    'DenseCLTwoViews',
+    'DenseCLWarmupHook',
+]
