@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.mask import BitmapMasks
+from mmdet.utils import reduce_mean
+from mmengine.dist import get_world_size
 from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor
@@ -29,6 +31,7 @@ from ..ops.instance_masks import Frame
 from .dynamic_mask_head import DynamicMaskHead, UnifiedMaskFeatures
 from .finite import require_finite
 from .mask_postprocess import grid_scores
+from .ranks import mean_over_ranks
 
 
 class PositiveMasks(NamedTuple):
@@ -130,7 +133,7 @@ class LocationHead(BaseModule):
         targets = self.get_targets(outputs, batch_gt_instances)
         total = sum(self.loss_mask(*group).sum() for group in self.positive_masks(outputs, targets))
         return dict(
-            loss_mask=total / targets.num_positives.clamp(min=1),
+            loss_mask=total / mean_over_ranks(targets.num_positives),
             loss_cls=self.category_loss(outputs, targets),
         )
 
@@ -140,7 +143,7 @@ class LocationHead(BaseModule):
         return self.loss_cls(
             logits.to(wide(logits.dtype)).flatten(0, 1),
             targets.labels.flatten(),
-            avg_factor=targets.num_positives + 1,
+            avg_factor=reduce_mean(targets.num_positives.float()) + 1 / get_world_size(),
         )
 
     def get_targets(self, outputs: tuple, batch_gt_instances: list[InstanceData]) -> GridTargets:
