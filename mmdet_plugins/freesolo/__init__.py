@@ -11,13 +11,13 @@ batch, not over levels. Pairs of pixels are counted in the box of a coarse mask,
 released code leaves out rows and columns that the mask does not touch.
 """
 
-from mmdet_plugins.common.location_head import SOLODynamicHead
+from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
 from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor
 
 from .datasets import FreeSOLODataset, FreeSOLOFewShotDataset
-from .head import FreeSOLOHead, FreeSOLOLimitedMaskHead
+from .head import FreeSOLOHead
 from .hooks import FreeSOLOTransferHook
-from .losses import FreeSOLOFullMaskLoss, FreeSOLOWeakMaskLoss
+from .losses import FreeSOLOWeakMaskLoss
 from .preprocessor import FreeSOLODataPreprocessor
 from .pseudo_labels import FreeSOLOPseudoLabels
 from .transforms import FreeSOLOCopyPaste, FreeSOLOLoadAnnotations, FreeSOLOPackInputs
@@ -27,14 +27,13 @@ __all__ = [
     'FreeSOLODataPreprocessor',
     'FreeSOLODataset',
     'FreeSOLOFewShotDataset',
-    'FreeSOLOFullMaskLoss',
     'FreeSOLOHead',
-    'FreeSOLOLimitedMaskHead',
     'FreeSOLOLoadAnnotations',
     'FreeSOLOPackInputs',
     'FreeSOLOPseudoLabels',
     'FreeSOLOTransferHook',
     'FreeSOLOWeakMaskLoss',
+    'SOLODiceLoss',
     'SOLODynamicHead',
     'SOLOPostProcessor',
 ]

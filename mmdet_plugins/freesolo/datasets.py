@@ -122,7 +122,7 @@ class FreeSOLOFewShotDataset(OpenWorldCocoDataset):
     Args:
         fraction: Of the images, in (0, 1].
         limit: ``'images'`` leaves the others out; ``'masks'`` keeps them for their classes, with
-            ``has_masks=False`` (:class:`.FreeSOLOLimitedMaskHead`).
+            ``has_masks=False`` (:class:`.FreeSOLOHead`).
         seed: Of the choice.
         **kwargs: As for :class:`.OpenWorldCocoDataset`.
     """

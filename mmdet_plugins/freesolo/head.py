@@ -1,4 +1,4 @@
-"""SOLOv2's head without classes, trained on coarse masks and the embeddings that came with them.
+"""SOLOv2's head, trained on coarse masks and on the embeddings that came with them.
 
 Section 6.2.3. Shapes: N images, L levels, S cells a side of a level's grid, P cells of all levels,
 F channels of the category tower, E of an embedding, Q cells, G objects of the batch.
@@ -15,10 +15,11 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..common.finite import require_finite
-from ..common.location_head import SOLODynamicHead
+from ..common.location_head import PositiveMasks, SOLODynamicHead
 from ..common.ranks import mean_over_ranks
 from ..ops.dice import wide
 from ..ops.grid_targets import GridTargets
+from .losses import FreeSOLOWeakMaskLoss
 
 
 @MODELS.register_module()
@@ -32,8 +33,9 @@ class FreeSOLOHead(SOLODynamicHead):
     Args:
         embed_dims: E, as the pseudo-labels have it; None for no branch (Table 6.7(f)).
         embed_weight: beta of equation 6.8.
-        loss_mask: Config of :class:`.FreeSOLOWeakMaskLoss` or :class:`.FreeSOLOFullMaskLoss`.
-        num_classes: 1, the foreground.
+        loss_mask: Config of :class:`.FreeSOLOWeakMaskLoss`, or of a loss for masks that are taken
+            for true, such as ``SOLODiceLoss`` (Table 6.7(e)).
+        num_classes: 1, the foreground; those of the labels in fine-tuning.
         **kwargs: As for ``SOLODynamicHead``.
     """
 
@@ -47,13 +49,13 @@ class FreeSOLOHead(SOLODynamicHead):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, num_classes=num_classes, feat_channels=feat_channels, **kwargs)
-        if num_classes != 1 or not self.unified:
+        if not self.unified:
             raise ValueError(
-                'FreeSOLO knows one class, and needs one map of mask features: num_classes=1 and '
-                "mask_features of type 'UnifiedMaskFeatures'"
+                "FreeSOLO needs one map of mask features: mask_features.type='UnifiedMaskFeatures'"
             )
         self.embed_dims = embed_dims
         self.embed_weight = embed_weight
+        self.weak = isinstance(self.loss_mask, FreeSOLOWeakMaskLoss)
         if embed_dims is not None:
             self.conv_embed = nn.Conv2d(feat_channels, embed_dims, 3, padding=1)
 
@@ -70,7 +72,9 @@ class FreeSOLOHead(SOLODynamicHead):
             x: The pyramid, L maps [N, C, h, w].
             batch_data_samples: With ``bboxes``, ``labels``, ``masks`` and, for the branch,
                 ``embeddings`` in ``gt_instances``; for the weak loss with ``affinity``, of
-                :class:`.FreeSOLODataPreprocessor`.
+                :class:`.FreeSOLODataPreprocessor`. Objects of images whose meta information says
+                ``has_masks=False`` train no masks (Table 6.6); as in the released code their cells
+                are chosen by the masks nevertheless.
             positive_infos: What mmdet's detector passes; None.
 
         Raises:
@@ -79,14 +83,15 @@ class FreeSOLOHead(SOLODynamicHead):
         """
         gt_instances, _, img_metas = unpack_gt_instances(batch_data_samples)
         affinity = None
-        if self.loss_mask.needs_affinity:
+        if self.weak:
             if any('affinity' not in sample for sample in batch_data_samples):
                 raise KeyError(
                     'images come without colour affinity: set the model.data_preprocessor.type '
                     'FreeSOLODataPreprocessor'
                 )
             affinity = torch.stack([sample.affinity for sample in batch_data_samples])
-        losses = self.loss_by_feat(self(x), gt_instances, affinity)
+        has_masks = [meta.get('has_masks', True) for meta in img_metas]
+        losses = self.loss_by_feat(self(x), gt_instances, affinity, has_masks)
         require_finite(losses, img_metas)
         return losses
 
@@ -95,20 +100,32 @@ class FreeSOLOHead(SOLODynamicHead):
         outputs: tuple,
         batch_gt_instances: list[InstanceData],
         affinity: Tensor | None = None,
+        has_masks: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
         """Losses from the network's outputs (equations 6.6 and 6.8).
 
         Args:
             outputs: Of :meth:`forward`.
             batch_gt_instances: Of N images.
-            affinity: uint8 [N, h, w], if the mask loss needs it.
+            affinity: uint8 [N, h, w], for the weak loss.
+            has_masks: Which of the N images train masks; None for all.
         """
         targets = self.get_targets(outputs, batch_gt_instances)
-        num_positives = mean_over_ranks(targets.num_positives)
         (masks,) = self.positive_masks(outputs, targets)
-        num_objects = torch.tensor(targets.num_objects)
-        image_idx = torch.repeat_interleave(num_objects).to(masks.object_idx.device)
-        losses = self.loss_mask(masks, num_positives, affinity, image_idx)
+        image_idx = torch.repeat_interleave(torch.tensor(targets.num_objects))
+        image_idx = image_idx.to(masks.object_idx.device)
+        owned = targets.owner >= 0
+        if has_masks is not None and not all(has_masks):
+            usable = torch.tensor(has_masks, device=image_idx.device)
+            owned = owned[usable]
+            kept = usable[image_idx[masks.object_idx]]
+            (logits,) = masks.factors
+            masks = PositiveMasks((logits[kept],), masks.targets, masks.object_idx[kept])
+        num_positives = mean_over_ranks(owned.sum())
+        if self.weak:
+            losses = self.loss_mask(masks, num_positives, affinity, image_idx)
+        else:
+            losses = dict(loss_mask=self.loss_mask(*masks).sum() / num_positives)
         losses['loss_cls'] = self.category_loss(outputs, targets)
         if self.embed_dims is not None:
             losses['loss_embed'] = self.embedding_loss(outputs, targets, batch_gt_instances)
@@ -172,32 +189,3 @@ class FreeSOLOHead(SOLODynamicHead):
                 raw = self.embeddings(outputs[3], torch.full_like(found.cells, image), found.cells)
                 found.embeddings = F.normalize(raw, dim=1)
         return results
-
-
-@MODELS.register_module()
-class FreeSOLOLimitedMaskHead(SOLODynamicHead):
-    """SOLOv2's head when only some images have masks to train on (Table 6.6).
-
-    All objects train the category branch; those of images whose meta information says
-    ``has_masks=False`` (:class:`.FreeSOLOFewShotDataset`) do not train masks. As in the released
-    code the cells of an object are still chosen by its mask.
-    """
-
-    def loss(
-        self, x: Sequence[Tensor], batch_data_samples: list, positive_infos: None = None
-    ) -> dict[str, Tensor]:
-        gt_instances, _, img_metas = unpack_gt_instances(batch_data_samples)
-        outputs = self(x)
-        targets = self.get_targets(outputs, gt_instances)
-        with_masks = torch.tensor([meta.get('has_masks', True) for meta in img_metas])
-        usable = with_masks.repeat_interleave(torch.tensor(targets.num_objects))
-        total, count = 0.0, 0
-        for factors, masks, objects in self.positive_masks(outputs, targets):
-            used = usable.to(objects.device)[objects]
-            total = total + (self.loss_mask(factors, masks, objects) * used).sum()
-            count = count + used.sum()
-        losses = dict(
-            loss_mask=total / mean_over_ranks(count), loss_cls=self.category_loss(outputs, targets)
-        )
-        require_finite(losses, img_metas)
-        return losses

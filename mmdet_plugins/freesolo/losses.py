@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..common.location_head import PositiveMasks
 from ..common.ranks import mean_over_ranks
 from ..ops.affinity import mask_boxes, pairwise_affinity_loss
-from ..ops.dice import mask_dice_loss
 from ..ops.projection import projection_losses
 
 
@@ -29,8 +28,6 @@ class FreeSOLOWeakMaskLoss(nn.Module):
             this is the released code's. They are counted in a buffer, so that a resumed run goes
             on where it was.
     """
-
-    needs_affinity = True
 
     def __init__(
         self,
@@ -72,24 +69,3 @@ class FreeSOLOWeakMaskLoss(nn.Module):
             * warmup
             * (pairwise.sum() / mean_over_ranks(pairs.sum())),
         )
-
-
-@MODELS.register_module()
-class FreeSOLOFullMaskLoss(nn.Module):
-    """SOLO's Dice loss with the coarse masks as they are, the "full" row of Table 6.7(e).
-
-    Args:
-        loss_weight: lambda of equation 3.1.
-    """
-
-    needs_affinity = False
-
-    def __init__(self, loss_weight: float = 3.0) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-
-    def forward(
-        self, masks: PositiveMasks, num_positives: Tensor, affinity: None, image_idx: Tensor
-    ) -> dict[str, Tensor]:
-        """The loss ``loss_mask``; arguments as for :meth:`FreeSOLOWeakMaskLoss.forward`."""
-        return dict(loss_mask=self.loss_weight * mask_dice_loss(*masks).sum() / num_positives)
