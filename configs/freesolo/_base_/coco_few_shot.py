@@ -1,6 +1,6 @@
 """COCO train2017 with a tenth of its labels, all 80 classes (section 6.3.1)."""
 
-_base_ = '../../_base_/datasets/coco_instance_ms.py'
+_base_ = 'mmdet::_base_/datasets/coco_instance.py'
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

