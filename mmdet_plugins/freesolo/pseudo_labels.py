@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mmdet.registry import METRICS
@@ -15,13 +15,8 @@ from ..ops.coco_json import check_coco, check_entries
 from ..ops.rle import area, rle_to_xyxy
 from .datasets import embeddings_file
 
-
-class Found(NamedTuple):
-    """Objects of one image: run lengths, scores [n], and embeddings float16 [n, E] or None."""
-
-    rles: list[dict]
-    scores: np.ndarray
-    embeddings: np.ndarray | None
+# Of one image: run lengths, scores [n], and embeddings float16 [n, E] or None.
+Found = tuple[list[dict], np.ndarray, np.ndarray | None]
 
 
 @METRICS.register_module()
@@ -56,7 +51,7 @@ class FreeSOLOPseudoLabels(StreamedMetric):
             pred = sample['pred_instances']
             keep = (pred['scores'] >= self.score_thr).nonzero()[:, 0]
             embeddings = pred.get('embeddings')
-            self._state[image['id']] = Found(
+            self._state[image['id']] = (
                 [pred['masks'][i] for i in keep.tolist()],
                 pred['scores'][keep].cpu().numpy(),
                 None if embeddings is None else embeddings[keep].half().cpu().numpy(),
@@ -93,7 +88,7 @@ class FreeSOLOPseudoLabels(StreamedMetric):
         num_images = max(len(found), 1)
         return dict(
             masks_per_image=len(annotations) / num_images,
-            without=sum(not one.rles for one in found.values()) / num_images,
+            without=sum(not rles for rles, *_ in found.values()) / num_images,
         )
 
     def _write(self, annotations: list[dict], embeddings: np.ndarray | None) -> None:

@@ -11,6 +11,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 
 import mmdet_plugins.freesolo  # noqa: F401
+from mmdet_plugins.ops.affinity import color_affinity
 
 PAD_HW = (96, 160)
 STRIDES = (4, 8, 16, 32)
@@ -82,9 +83,10 @@ def sample(count: int, hw: tuple[int, int] = PAD_HW, seed: int = 0) -> DetDataSa
         img_id=seed, img_shape=hw, ori_shape=(hw[0] * 2, hw[1] * 2), scale_factor=(0.5, 0.5)
     )
     found = DetDataSample(gt_instances=gts, metainfo=meta)
-    found.affinity = torch.randint(
-        0, 256, (PAD_HW[0] // 4, PAD_HW[1] // 4), dtype=torch.uint8, generator=rng
-    )
+    shades = torch.randint(0, 256, (1, 3, 3, 5), generator=rng).float()
+    image = shades.repeat_interleave(32, 2).repeat_interleave(32, 3)
+    image += 6 * torch.randn(image.shape, generator=rng)
+    found.affinity = color_affinity(image, [hw])[0]
     return found
 
 
