@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from mmdet.registry import METRICS
 from mmengine.logging import MMLogger
+from torch import Tensor
 
 from ..common.files import atomic_write
 from ..common.streamed_metric import StreamedMetric
 from ..ops.coco_json import check_coco, check_entries
-from ..ops.rle import area, rle_to_xyxy
+from ..ops.rle import area, encode_masks, rle_to_xyxy
 from .datasets import embeddings_file
 
 # Of one image: run lengths, scores [n], and embeddings float16 [n, E] or None.
@@ -50,9 +51,11 @@ class FreeSOLOPseudoLabels(StreamedMetric):
             image = self._image(sample)
             pred = sample['pred_instances']
             keep = (pred['scores'] >= self.score_thr).nonzero()[:, 0]
-            embeddings = pred.get('embeddings')
+            masks, embeddings = pred['masks'], pred.get('embeddings')
             self._state[image['id']] = (
-                [pred['masks'][i] for i in keep.tolist()],
+                encode_masks(masks[keep])
+                if isinstance(masks, Tensor)
+                else [masks[i] for i in keep.tolist()],
                 pred['scores'][keep].cpu().numpy(),
                 None if embeddings is None else embeddings[keep].half().cpu().numpy(),
             )

@@ -275,9 +275,9 @@ def test_a_part_of_the_labels(tmp_path, limit):
         chosen(0.0)
 
 
-def prediction(image_id, hw, masks, scores, value):
+def prediction(image_id, hw, masks, scores, value, dense=False):
     instances = InstanceData(
-        masks=encode_masks(masks),
+        masks=torch.from_numpy(masks) if dense else encode_masks(masks),
         bboxes=torch.zeros(len(masks), 4),
         scores=torch.tensor(scores),
         embeddings=torch.full((len(masks), DIMS), value),
@@ -292,7 +292,7 @@ def test_predictions_become_pseudo_labels(labels, tmp_path, freesolo):
         dict(type='FreeSOLOPseudoLabels', ann_file=str(labels), out_file=str(out))
     )
     masks = [freesolo.ellipses(3, hw, 5) for hw in SIZES]
-    metric.process({}, [prediction(8, SIZES[1], masks[1], [0.8, 0.2999, 0.3], 2.0)])
+    metric.process({}, [prediction(8, SIZES[1], masks[1], [0.8, 0.2999, 0.3], 2.0, dense=True)])
     metric.process({}, [prediction(9, SIZES[2], masks[2][:0], [], 3.0)])
     metric.process({}, [prediction(7, SIZES[0], masks[0], [0.1, 0.9, 0.1], 1.0)])
     values = metric.evaluate(3)

@@ -105,6 +105,43 @@ def test_images_without_masks_train_classes_only(freesolo, samples):
     assert head.loss(x, samples)['loss_mask'] == 0
 
 
+def test_two_ranks_lose_as_much_as_one(freesolo, samples, monkeypatch):
+    """Each sees an image of the two; what they divide by is the mean of both."""
+    modules = ('mmdet_plugins.common.ranks', 'mmdet_plugins.common.location_head')
+
+    def patch(reduce_mean, world_size):
+        for module in modules:
+            monkeypatch.setattr(f'{module}.reduce_mean', reduce_mean)
+            monkeypatch.setattr(f'{module}.get_world_size', lambda: world_size)
+
+    def losses_of(images):
+        head = freesolo.build_head()
+        x = [feat[images] for feat in freesolo.pyramid()]
+        return head.loss(x, samples[images])
+
+    counts = []
+
+    def note(total):
+        counts[-1].append(total)
+        return total
+
+    parts = [slice(0, 1), slice(1, 2)]
+    patch(note, 1)
+    for part in parts:
+        counts.append([])
+        losses_of(part)
+    means = [(a + b) / 2 for a, b in zip(*counts, strict=True)]
+    assert len(means) == 4
+    found = []
+    for part in parts:
+        left = iter(means)
+        patch(lambda total, left=left: next(left), 2)
+        found.append(losses_of(part))
+    patch(lambda total: total, 1)
+    for name, value in losses_of(slice(0, 2)).items():
+        torch.testing.assert_close((found[0][name] + found[1][name]) / 2, value)
+
+
 def test_warm_up_goes_on_after_a_resume(freesolo, samples):
     head, x = freesolo.build_head(), freesolo.pyramid()
     values = [head.loss(x, samples)['loss_pairwise'].item() for _ in range(3)]
