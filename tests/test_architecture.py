@@ -15,6 +15,7 @@ SHARED = ('ops', 'common')
 PREFIXES = {
     'mmdet_plugins.cascade_rpn': 'UVO',
     'mmdet_plugins.densecl': 'DenseCL',
+    'mmdet_plugins.freesolo': 'FreeSOLO',
     'mmdet_plugins.solo': 'SOLO',
     'mmseg_plugins.box_crop': 'BoxCrop',
 }

@@ -129,8 +129,11 @@ def noise(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
-def detection_batch() -> dict:
-    """Two images of different size, three objects in the first one and none in the second."""
+def detection_batch(embed_dims: int | None = None) -> dict:
+    """Two images of different size, three objects in the first one and none in the second.
+
+    Objects of a method that learns embeddings have some, of ``embed_dims`` numbers.
+    """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -150,6 +153,8 @@ def detection_batch() -> dict:
             ignored_instances=InstanceData(bboxes=gt_xyxy[:0], labels=labels[:0]),
             gt_sem_seg=PixelData(sem_seg=torch.zeros(1, *shape_hw, dtype=torch.uint8)),
         )
+        if embed_dims:
+            sample.gt_instances.embeddings = torch.randn(len(gt_xyxy), embed_dims)
         sample.set_metainfo(dict(img_shape=shape_hw, ori_shape=shape_hw, scale_factor=(1.0, 1.0)))
         samples.append(sample)
     return dict(inputs=[noise(*sample.img_shape) for sample in samples], data_samples=samples)
@@ -202,11 +207,13 @@ def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch, stepped):
         cfg.optim_wrapper.pop('loss_scale', None)
         wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
-        two_views = 'TwoViews' in str(cfg.train_dataloader.dataset.pipeline)
-        batch = (
-            segmentation_batch if segmenter else two_view_batch if two_views else detection_batch
-        )
-        logged = model.train_step(batch(), wrapper)
+        if segmenter:
+            batch = segmentation_batch()
+        elif 'TwoViews' in str(cfg.train_dataloader.dataset.pipeline):
+            batch = two_view_batch()
+        else:
+            batch = detection_batch(cfg.model.get('mask_head', {}).get('embed_dims'))
+        logged = model.train_step(batch, wrapper)
     assert all(torch.isfinite(value).all() for value in logged.values())
     assert logged['loss'] > 0
     for part, module in model.named_children():

@@ -8,20 +8,10 @@ N images, P priors per image.
 
 import torch
 from mmdet.structures.bbox import bbox_overlaps
-from mmdet.utils import reduce_mean
-from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
+from ..common.ranks import mean_over_ranks
 from .assigner import BACKGROUND
-
-
-def mean_over_ranks(total: Tensor) -> Tensor:
-    """Mean over ranks of a normaliser, no less than 1 in the sum over ranks.
-
-    A clamp of the mean, as in mmdet, would make the loss depend on the number of ranks that share
-    a batch.
-    """
-    return reduce_mean(total.float()).clamp(min=1 / get_world_size())
 
 
 def objectness_loss(loss_cls: nn.Module, logits: Tensor, gt_idx: Tensor) -> Tensor:

@@ -215,20 +215,25 @@ class DynamicMaskHead(BaseModule):
             feat_channels, self.mask_feature_head.out_channels * kernel_size**2, 3, padding=1
         )
 
-    def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         """Predictions from L maps [N, C, h, w].
 
         Returns:
             Category logits, L maps [N, K, S, S]; kernels, L maps [N, D, S, S]; mask features, one
             map [N, E, h, w], or one a level.
         """
+        return self.forward_features(x)[:3]
+
+    def forward_features(self, x: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+        """As :meth:`forward`, and what the category logits are made of, L maps [N, F, S, S]."""
         resampled = resample_levels(x, self.in_strides, self.strides)
-        cls_logits, kernels = [], []
+        cls_feats, kernels = [], []
         for feat, size in zip(resampled, self.num_grids, strict=True):
             channels = feat.shape[1]
             if self.kernel_coords:
                 feat = torch.cat([feat, pixel_coordinates(feat)], 1)
             grid = F.interpolate(feat, size=(size, size), mode='bilinear')
             kernels.append(self.conv_kernel(self.kernel_convs(grid)))
-            cls_logits.append(self.conv_cls(self.cls_convs(grid[:, :channels])))
-        return cls_logits, kernels, self.mask_feature_head(x, resampled)
+            cls_feats.append(self.cls_convs(grid[:, :channels]))
+        cls_logits = [self.conv_cls(feat) for feat in cls_feats]
+        return cls_logits, kernels, self.mask_feature_head(x, resampled), cls_feats

@@ -19,16 +19,19 @@ import torch.nn.functional as F
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.mask import BitmapMasks
+from mmdet.utils import reduce_mean
+from mmengine.dist import get_world_size
 from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ops.dice import dynamic_mask_logits, wide
+from ..ops.dice import dynamic_mask_logits, mask_dice_loss, wide
 from ..ops.grid_targets import GridTargets, grid_targets
 from ..ops.instance_masks import Frame
 from .dynamic_mask_head import DynamicMaskHead, UnifiedMaskFeatures
 from .finite import require_finite
 from .mask_postprocess import grid_scores
+from .ranks import mean_over_ranks
 
 
 class PositiveMasks(NamedTuple):
@@ -40,6 +43,32 @@ class PositiveMasks(NamedTuple):
     """Bool [G, h, w]."""
     object_idx: Tensor
     """[Q], the target of each prediction."""
+
+
+@MODELS.register_module()
+class SOLODiceLoss(nn.Module):
+    """Dice loss with squares in the denominator (equations 3.3 and 3.4), a number for each mask.
+
+    mmdet's takes one target for each prediction, which repeats an object's mask for every cell that
+    predicts it, and keeps half a dozen maps a mask for the gradient.
+
+    Args:
+        loss_weight: lambda of equation 3.1.
+        eps: Added to both sums of the denominator.
+    """
+
+    def __init__(self, loss_weight: float = 3.0, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.eps = eps
+
+    def forward(self, factors: tuple[Tensor, ...], targets: Tensor, object_idx: Tensor) -> Tensor:
+        """Losses [Q] of masks whose targets are ``targets[object_idx]``, bool [G, h, w].
+
+        Args:
+            factors: Logit maps [Q, h, w]; the mask is the product of their sigmoids.
+        """
+        return self.loss_weight * mask_dice_loss(factors, targets, object_idx, self.eps)
 
 
 class LocationHead(BaseModule):
@@ -130,7 +159,7 @@ class LocationHead(BaseModule):
         targets = self.get_targets(outputs, batch_gt_instances)
         total = sum(self.loss_mask(*group).sum() for group in self.positive_masks(outputs, targets))
         return dict(
-            loss_mask=total / targets.num_positives.clamp(min=1),
+            loss_mask=total / mean_over_ranks(targets.num_positives),
             loss_cls=self.category_loss(outputs, targets),
         )
 
@@ -140,7 +169,7 @@ class LocationHead(BaseModule):
         return self.loss_cls(
             logits.to(wide(logits.dtype)).flatten(0, 1),
             targets.labels.flatten(),
-            avg_factor=targets.num_positives + 1,
+            avg_factor=reduce_mean(targets.num_positives.float()) + 1 / get_world_size(),
         )
 
     def get_targets(self, outputs: tuple, batch_gt_instances: list[InstanceData]) -> GridTargets:

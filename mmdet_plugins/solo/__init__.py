@@ -13,12 +13,12 @@ where the thesis divides, as all released code does. The detector around the hea
 Panoptic segmentation and matting of instances have no released code; they stand in their own files.
 """
 
-from mmdet_plugins.common.location_head import SOLODynamicHead
+from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
 from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor
 
 from .datasets import SOLOLoadPanopticAnnotations, SOLOLVISDataset
 from .head import SOLODecoupledHead, SOLOVanillaHead
-from .losses import SOLODiceLoss, SOLOMaskBCELoss, SOLOMaskFocalLoss
+from .losses import SOLOMaskBCELoss, SOLOMaskFocalLoss
 from .matting import SOLOMattingHead, SOLOMattingSegmentor
 from .matting_data import (
     SOLOLoadMattes,

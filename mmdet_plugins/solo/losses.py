@@ -1,4 +1,4 @@
-"""Losses of predicted masks (section 3.2.3 and Table 3.4), one number for each mask.
+"""Losses of predicted masks other than Dice (Table 3.4), one number for each mask.
 
 A prediction is a tuple of logit maps [Q, h, w], its factors: the mask is the product of their
 sigmoids. SOLO and SOLOv2 have one factor, Decoupled SOLO two.
@@ -10,26 +10,7 @@ that predicts it, and keep half a dozen maps a mask for the gradient.
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_plugins.ops.dice import mask_bce_loss, mask_dice_loss, mask_focal_loss
-
-
-@MODELS.register_module()
-class SOLODiceLoss(nn.Module):
-    """Dice loss with squares in the denominator (equations 3.3 and 3.4).
-
-    Args:
-        loss_weight: lambda of equation 3.1.
-        eps: Added to both sums of the denominator.
-    """
-
-    def __init__(self, loss_weight: float = 3.0, eps: float = 1e-3) -> None:
-        super().__init__()
-        self.loss_weight = loss_weight
-        self.eps = eps
-
-    def forward(self, factors: tuple[Tensor, ...], targets: Tensor, object_idx: Tensor) -> Tensor:
-        """Losses [Q] of masks whose targets are ``targets[object_idx]``, bool [G, h, w]."""
-        return self.loss_weight * mask_dice_loss(factors, targets, object_idx, self.eps)
+from mmdet_plugins.ops.dice import mask_bce_loss, mask_focal_loss
 
 
 @MODELS.register_module()
@@ -47,7 +28,7 @@ class SOLOMaskBCELoss(nn.Module):
         self.positive_weight = positive_weight
 
     def forward(self, factors: tuple[Tensor, ...], targets: Tensor, object_idx: Tensor) -> Tensor:
-        """As :meth:`SOLODiceLoss.forward`."""
+        """As :meth:`.SOLODiceLoss.forward`."""
         (logits,) = factors
         return self.loss_weight * mask_bce_loss(logits, targets, object_idx, self.positive_weight)
 
@@ -69,7 +50,7 @@ class SOLOMaskFocalLoss(nn.Module):
         self.gamma = gamma
 
     def forward(self, factors: tuple[Tensor, ...], targets: Tensor, object_idx: Tensor) -> Tensor:
-        """As :meth:`SOLODiceLoss.forward`."""
+        """As :meth:`.SOLODiceLoss.forward`."""
         (logits,) = factors
         return self.loss_weight * mask_focal_loss(
             logits, targets, object_idx, self.alpha, self.gamma

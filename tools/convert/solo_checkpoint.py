@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""Convert a checkpoint of SOLO, Decoupled SOLO or SOLOv2 to the model that a config describes.
+"""Convert a checkpoint of SOLO, Decoupled SOLO, SOLOv2 or FreeSOLO to the model of a config.
 
     python tools/convert/solo_checkpoint.py SOLOv2_R50_3x.pth solov2_r50.pth \\
         --config configs/solov2/solov2_r50_fpn_8xb2-3x_coco.py
 
 Sources, told apart by their names: WXinlong/SOLO (mmdet 1.x; SOLO, Decoupled SOLO, SOLOv2 and the
-light forms), AdelaiDet's SOLOv2 (detectron2), stock mmdet 3.x, and this project. Targets: a config
-of this project, or a stock one, mmdet::solov2/solov2_r50_fpn_1x_coco.py.
+light forms), AdelaiDet's SOLOv2 (detectron2), NVlabs/FreeSOLO (the same with embeddings), stock
+mmdet 3.x, and this project. Targets: a config of this project, or a stock one,
+mmdet::solov2/solov2_r50_fpn_1x_coco.py. The released FreeSOLO wants --cfg-options
+model.backbone.depth=101 model.mask_head.embed_dims=128; its second class was never trained, and is
+left out.
 
 Deformable convolutions without modulation become modulated ones of the same values; their
 modulation is saturated, so further training leaves it at 1. Classes keep their order: these heads
@@ -55,6 +58,7 @@ TOWERS = {
     'kernel_tower': 'kernel_convs',
     'cate_pred': 'conv_cls',
     'kernel_pred': 'conv_kernel',
+    'emb_pred': 'conv_embed',
 }
 _MASKS = 'mask_head.mask_feature_head'
 _PART = {'0': 'conv', '1': 'gn'}
@@ -97,6 +101,7 @@ ADELAIDET = (
         lambda m: f'{_MASKS}.{m[1]}.{_PART[m[2]]}.{m[3]}',
     ),
 )
+FREESOLO = (*ADELAIDET, (r'_iter', lambda m: 'mask_head.loss_mask.steps'))
 ADELAIDET_OPTIONS = {
     'model.backbone.style': 'caffe',
     'model.data_preprocessor.mean': [103.53, 116.28, 123.675],
@@ -132,6 +137,8 @@ def read_state(path: str) -> tuple[dict[str, Tensor], dict]:
 def source_of(state: Mapping[str, Any]) -> tuple[str, tuple]:
     """What a state dict comes from, and the rules for its names."""
     parts = {name.split('.')[0] for name in state}
+    if 'ins_head.emb_pred.weight' in state:
+        return 'FreeSOLO', FREESOLO
     if 'ins_head' in parts:
         return 'AdelaiDet', ADELAIDET
     if 'bbox_head' in parts:
@@ -142,6 +149,17 @@ def source_of(state: Mapping[str, Any]) -> tuple[str, tuple]:
         'this is no checkpoint of SOLO: among its modules, '
         f'{", ".join(sorted(parts)[:8]) or "none at all"}, is no ins_head, bbox_head or mask_head.'
     )
+
+
+def foreground(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of FreeSOLO's with the one class of its labels, and its step as a number."""
+    found = {
+        name: value[:1] if name.startswith('ins_head.cate_pred.') else value
+        for name, value in state.items()
+    }
+    if '_iter' in found:
+        found['_iter'] = found['_iter'].reshape(()).long()
+    return found
 
 
 def rename(name: str, rules: tuple) -> str:
@@ -226,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         state, dataset_meta = read_state(args.checkpoint)
         source, rules = source_of(state)
+        if source == 'FreeSOLO':
+            state = foreground(state)
         cfg = load_config(args.config, args.cfg_options)
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))

@@ -351,6 +351,40 @@ def test_adelaidet(tool, tmp_path, repo, capsys):
     assert 'cfg-options' not in capsys.readouterr().out
 
 
+def test_freesolo(tool, tmp_path, repo, capsys):
+    """AdelaiDet's names, two classes of which one was trained, embeddings and a step."""
+    shapes = adelaidet() | with_bias('ins_head.emb_pred', (128, 512, 3, 3)) | {'_iter': (1,)}
+    source = numbered(shapes | with_bias('ins_head.cate_pred', (2, 512, 3, 3)))
+    source['ins_head.cate_pred.bias'] = torch.tensor([0.25, 0.75])
+    torch.save({'model': source, 'iteration': 30000}, tmp_path / 'in.pth')
+    config = str(repo / 'configs/freesolo/freesolo_r50_fpn_8xb2-30k_coco241k.py')
+    arguments = [str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), '--config', config]
+    assert tool.main(arguments) == 1
+    assert 'mask_head.conv_embed.weight has (2048, 512, 3, 3)' in capsys.readouterr().err
+    options = ['--cfg-options', 'model.mask_head.embed_dims=128']
+    assert tool.main(arguments + options) == 0
+    said = capsys.readouterr().out
+    assert 'of a FreeSOLO checkpoint' in said and 'cfg-options' not in said
+    state = torch.load(tmp_path / 'out.pth', weights_only=True)['state_dict']
+    follow(
+        source,
+        state,
+        [
+            ('ins_head.emb_pred.weight', 'mask_head.conv_embed.weight'),
+            ('ins_head.cate_pred.weight', 'mask_head.conv_cls.weight'),
+            ('ins_head.kernel_pred.bias', 'mask_head.conv_kernel.bias'),
+            ('backbone.bottom_up.res4.5.conv2.weight', 'backbone.layer3.5.conv2.weight'),
+        ],
+    )
+    assert state['mask_head.conv_cls.bias'].tolist() == [0.25]
+    assert state['mask_head.loss_mask.steps'] == source['_iter'].item()
+    assert state['mask_head.loss_mask.steps'].dtype == torch.long
+    source['ins_head.odd'] = torch.zeros(1)
+    torch.save({'model': source}, tmp_path / 'in.pth')
+    assert tool.main(arguments + options) == 1
+    assert 'no place for ins_head.odd (1,)' in capsys.readouterr().err
+
+
 STOCK = {
     'solo': 'mmdet::solo/solo_r50_fpn_3x_coco.py',
     'decoupled': 'mmdet::solo/decoupled-solo_r50_fpn_3x_coco.py',

@@ -1,0 +1,37 @@
+"""FreeSOLO at toy size: coarse masks of the embedded scenes, evaluated against the true ones.
+
+Give DenseCL's weights as ``model.backbone.init_cfg``.
+"""
+
+_base_ = [
+    './_base_/freesolo_tiny.py',
+    '../../_base_/tiny/demo_instance.py',
+    '../../_base_/tiny/demo_schedule.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+load_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='FreeSOLOLoadAnnotations'),
+    dict(type='RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
+]
+train_dataloader = dict(
+    dataset=dict(
+        _delete_=True,
+        type='MultiImageMixDataset',
+        dataset=dict(
+            type='FreeSOLODataset',
+            ann_file='work_dirs/demo/freesolo/free_masks.json',
+            data_prefix=dict(img='work_dirs/demo/data/images/'),
+            filter_cfg=dict(filter_empty_gt=True),
+            pipeline=load_pipeline,
+        ),
+        pipeline=[dict(type='FreeSOLOCopyPaste'), dict(type='FreeSOLOPackInputs')],
+    ),
+)
+
+log_processor = dict(by_epoch=False)
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
+)

@@ -1,0 +1,39 @@
+"""FreeSOLO: instance segmentation learnt from photographs alone.
+
+Paper: Wang et al., "FreeSOLO: Learning to Segment Objects without Annotations", CVPR 2022; chapter
+6 of Wang's thesis, whose equations, sections and tables the docstrings cite. Reference code:
+NVlabs/FreeSOLO, for non-commercial use: constants and behaviour are taken from it, its code is not.
+
+Deviations: the released code trains without the embeddings (its ``loss_embed`` is zero) and on two
+views of each image, one with strong photometric changes and erased regions; the thesis has the
+embeddings and copy-paste alone, and so has this. Losses of masks are means over all cells of the
+batch, not over levels. Pairs of pixels are counted in the box of a coarse mask, as in BoxInst; the
+released code leaves out rows and columns that the mask does not touch.
+"""
+
+from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
+from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor
+
+from .datasets import FreeSOLODataset, FreeSOLOFewShotDataset
+from .head import FreeSOLOHead
+from .hooks import FreeSOLOTransferHook
+from .losses import FreeSOLOWeakMaskLoss
+from .preprocessor import FreeSOLODataPreprocessor
+from .pseudo_labels import FreeSOLOPseudoLabels
+from .transforms import FreeSOLOCopyPaste, FreeSOLOLoadAnnotations, FreeSOLOPackInputs
+
+__all__ = [
+    'FreeSOLOCopyPaste',
+    'FreeSOLODataPreprocessor',
+    'FreeSOLODataset',
+    'FreeSOLOFewShotDataset',
+    'FreeSOLOHead',
+    'FreeSOLOLoadAnnotations',
+    'FreeSOLOPackInputs',
+    'FreeSOLOPseudoLabels',
+    'FreeSOLOTransferHook',
+    'FreeSOLOWeakMaskLoss',
+    'SOLODiceLoss',
+    'SOLODynamicHead',
+    'SOLOPostProcessor',
+]
