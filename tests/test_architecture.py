@@ -14,6 +14,7 @@ SHARED = ('ops', 'common')
 # what the names that a room registers begin with
 PREFIXES = {
     'mmdet_plugins.cascade_rpn': 'UVO',
+    'mmdet_plugins.freesolo': 'FreeSOLO',
     'mmdet_plugins.solo': 'SOLO',
     'mmseg_plugins.box_crop': 'BoxCrop',
 }

@@ -1,0 +1,263 @@
+"""Free Mask: the coarse object masks that hide in the features of an image (section 6.2.2).
+
+Shapes: B images, C channels, ``h w`` the feature map with P cells, the keys; Q queries of all
+scales, n masks of an image, ``H W`` the image.
+
+A query is a bilinear mean of keys, so the products of all queries with all keys are means of the
+products of the keys with each other: one symmetric matrix. Its scale cancels in the normalisation
+of a row. Neither Matrix NMS nor the limits raise a score, and a score depends on higher ones alone:
+what does not reach ``min_score`` before the NMS never enters it. The released code multiplies every
+scale, decays all masks and measures at full size; the result is the same.
+"""
+
+from collections.abc import Sequence
+from itertools import compress
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .instance_masks import Frame, Selection, resize_instances
+from .matrix_nms import mask_iou, matrix_decay, on_cpu
+from .rle import RLE, decode_rle
+
+_FLAT = 1e-5  # cosines of a row that differ by less are one colour and its rounding
+_BLOCK = 256  # rows of the symmetric product that are made at a time on the CPU
+_BYTES = 2 << 30  # of maps and what is made of them, at a time on a device
+
+
+class FreeMasks(NamedTuple):
+    """The masks of one image, by falling score.
+
+    Attributes:
+        rles: n COCO encodings.
+        boxes_xyxy: float32 ``[n, 4]``, tight, right and bottom exclusive.
+        areas: int64 ``[n]`` pixels.
+        scores: float32 ``[n]``.
+        embeddings: float32 ``[n, C]``, or ``[n, embedding_dim]``.
+        dropped: How many masks each rule took, by its name.
+    """
+
+    rles: list[RLE]
+    boxes_xyxy: Tensor
+    areas: Tensor
+    scores: Tensor
+    embeddings: Tensor
+    dropped: dict[str, int]
+
+
+@torch.no_grad()
+def free_masks(
+    features: Tensor,
+    image_hw: tuple[int, int],
+    *,
+    scales: Sequence[float] = (1.0, 0.5, 0.25),
+    mask_thr: float = 0.5,
+    min_cells: int = 2,
+    sigma: float = 2.0,
+    min_score: float = 0.7,
+    max_num: int = 20,
+    min_centre: float | None = None,
+    max_width: float | None = None,
+    embedding_dim: int | None = None,
+) -> list[FreeMasks]:
+    """Masks of B images of one size, from features ``[B, C, h, w]`` that cover them.
+
+    Args:
+        features: Of any float type and device.
+        image_hw: Size of the images and masks; may be smaller than the map.
+        scales: Of the query grids, as ratios of the feature map (Table 6.6(b)). One that leaves
+            no cell of a small map is passed over.
+        mask_thr: A pixel from this on belongs to the mask.
+        min_cells: Masks of fewer cells are dropped.
+        sigma: Of the Gaussian decay; it multiplies, as in the released code.
+        min_score: What a score must reach after the decay.
+        max_num: Masks kept of an image at most, by score.
+        min_centre: Drop masks whose middle row lies no deeper than this share of the height
+            (released code: 0.2). The middle is the mean of the rows that the mask touches.
+        max_width: Drop masks that touch at least this share of the columns (released code: 0.95).
+        embedding_dim: Interpolate the embeddings along their channels to so many (released code:
+            128); None leaves them as they are.
+
+    Returns:
+        B results. Features that are constant or not finite yield no masks: where the released code
+        normalises rounding errors, a map without contrast is dropped here.
+
+    Raises:
+        ValueError: ``min_score`` is not positive.
+    """
+    height, width = map_hw = tuple(features.shape[2:])
+    scales = [scale for scale in scales if min(height, width) * scale >= 1] or [1]
+    if min_score <= 0:
+        raise ValueError(f'min_score must be positive, got {min_score}')
+    rules = dict(
+        scales=scales,
+        mask_thr=mask_thr,
+        min_cells=min_cells,
+        sigma=sigma,
+        min_score=min_score,
+        max_num=max_num,
+    )
+    size = 1 if on_cpu(features) else max(1, _BYTES // (32 * (height * width) ** 2))
+    with torch.autocast(features.device.type, enabled=False):
+        parts = [_coarse(part.float(), **rules) for part in features.split(size)]
+    maps, scores, embeddings = (torch.cat(x) for x in list(zip(*parts, strict=True))[:3])
+    if embedding_dim is not None and len(embeddings):
+        embeddings = F.interpolate(embeddings[None], embedding_dim, mode='linear')[0]
+    masks = resize_instances(
+        Selection(torch.arange(len(scores), device=scores.device), scores, None),
+        lambda index: maps[index],
+        Frame(map_hw, map_hw, map_hw, image_hw),  # straight from the map to the image
+        mask_thr=float(np.nextafter(np.float32(mask_thr), np.float32(0))),  # from it on, not above
+        logits=False,
+        rle=True,
+    )
+    boxes, areas = masks.boxes_xyxy.cpu(), masks.areas.cpu()
+    scores, embeddings = scores.cpu(), embeddings.cpu()
+    results, start = [], 0
+    for dropped in [x for part in parts for x in part.dropped]:
+        span = slice(start, start + dropped.pop('kept'))
+        start = span.stop
+        rles = masks.masks[span]
+        good = areas[span] > 0
+        good &= _allowed(rles, image_hw, min_centre, max_width, dropped)
+        results.append(
+            FreeMasks(
+                list(compress(rles, good.tolist())),
+                *(x[span][good] for x in (boxes, areas, scores, embeddings)),
+                dropped,
+            )
+        )
+    return results
+
+
+class _Coarse(NamedTuple):
+    """Masks of B images, image after image and by falling score, before they meet their pixels.
+
+    Attributes:
+        maps: float32 ``[n, h, w]``, normalised cosines in ``[0, 1]``.
+        scores: float32 ``[n]``.
+        embeddings: float32 ``[n, C]``.
+        dropped: B dicts: how many masks each rule took, and ``kept``, how many are left.
+    """
+
+    maps: Tensor
+    scores: Tensor
+    embeddings: Tensor
+    dropped: list[dict[str, int]]
+
+
+def _coarse(
+    features: Tensor,
+    scales: Sequence[float],
+    mask_thr: float,
+    min_cells: int,
+    sigma: float,
+    min_score: float,
+    max_num: int,
+) -> _Coarse:
+    map_hw = tuple(features.shape[2:])
+    soft, points = _cosine_maps(features, scales)
+    masks = soft >= mask_thr
+    area = masks.sum(2)
+    maskness = torch.where(area >= min_cells, (soft * masks).sum(2) / area, -1)
+    ranked, order = maskness.sort(dim=1, descending=True, stable=True)
+    numbers = area > 0, (area > 0) & (area < min_cells), ranked >= min_score
+    formed, tiny, eligible = torch.stack([x.sum(1) for x in numbers]).tolist()
+
+    most = max(1, *eligible)  # never none, so that no shape below is empty
+    ranked, order = ranked[:, :most], order[:, :most]
+    iou = ranked.new_zeros(len(ranked), most, most)
+    for i, num in enumerate(eligible):
+        iou[i, :num, :num] = mask_iou(masks[i, order[i, :num]].unflatten(1, map_hw))
+    decayed = torch.where(ranked < min_score, -1, ranked * matrix_decay(iou, sigma=sigma))
+    decayed, rank = decayed.sort(dim=1, descending=True, stable=True)
+    good = (decayed >= min_score).sum(1).tolist()
+
+    width = max(1, min(max(good), max_num))
+    scores, query = decayed[:, :width], order.gather(1, rank[:, :width])
+    kept = scores >= min_score
+    sampled = F.grid_sample(
+        features, points[query][:, None], padding_mode='border', align_corners=False
+    )
+    embeddings = sampled[:, :, 0].transpose(1, 2)[kept]
+    image = torch.arange(len(kept), device=kept.device)[:, None]
+    maps = soft[image, query][kept].unflatten(1, map_hw)
+    dropped = [
+        dict(cells=t, score=f - t - g, number=max(0, g - max_num), kept=min(g, max_num))
+        for f, t, g in zip(formed, tiny, good, strict=True)
+    ]
+    return _Coarse(maps, scores[kept], F.normalize(embeddings, dim=1), dropped)
+
+
+def _cosine_maps(features: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Normalised rows ``[B, Q, P]`` and the places ``[Q, 2]`` of the queries for ``grid_sample``.
+
+    Rows without contrast, or with anything that is not finite, are zero.
+    """
+    height, width = map_hw = tuple(features.shape[2:])
+    keys = features.flatten(2)
+    lengths = keys.norm(dim=1, keepdim=True)
+    gram = _gram(F.normalize(keys, dim=1))
+    rows, points = [], []
+    for scale in scales:
+        if scale == 1:
+            rows.append(gram)
+            hw = map_hw
+        else:
+            # Of lengths up to 1, so that contrast stays that of cosines.
+            grids = (gram * (lengths / lengths.amax(2, keepdim=True))).unflatten(2, map_hw)
+            grids = F.interpolate(grids, scale_factor=scale, mode='bilinear')
+            rows.append(grids.flatten(2).transpose(1, 2))
+            hw = tuple(grids.shape[2:])
+        y, x = (
+            (torch.arange(num, device=keys.device) + 0.5) / (scale * length) * 2 - 1
+            for num, length in zip(hw, map_hw, strict=True)
+        )
+        points.append(torch.stack(torch.meshgrid(x, y, indexing='xy'), -1).flatten(0, 1))
+    soft = torch.cat(rows, 1)
+    low, high = soft.aminmax(dim=2, keepdim=True)
+    contrast = high - low
+    soft.sub_(low).div_(contrast)
+    return soft.masked_fill_(~(contrast > _FLAT), 0), torch.cat(points)
+
+
+def _gram(keys: Tensor) -> Tensor:
+    """Products ``[B, P, P]`` of the columns of ``[B, C, P]``; on the CPU, one half is a copy."""
+    columns = keys.transpose(1, 2)
+    if not on_cpu(keys):
+        return columns @ keys
+    gram = keys.new_empty(len(keys), keys.shape[2], keys.shape[2])
+    for start in range(0, keys.shape[2], _BLOCK):
+        stop = start + _BLOCK
+        rows = columns[:, start:stop] @ keys[:, :, start:]
+        gram[:, start:stop, start:] = rows
+        gram[:, stop:, start:stop] = rows[:, :, _BLOCK:].transpose(1, 2)
+    return gram
+
+
+def _allowed(
+    rles: list[RLE],
+    image_hw: tuple[int, int],
+    min_centre: float | None,
+    max_width: float | None,
+    dropped: dict[str, int],
+) -> Tensor:
+    """The priors of the released code, bool ``[n]``; says in ``dropped`` what each took."""
+    good = torch.ones(len(rles), dtype=torch.bool)
+    if min_centre is None and max_width is None:
+        return good
+    masks = torch.from_numpy(decode_rle(rles, image_hw))
+    if min_centre is not None:
+        rows = masks.any(2).float()
+        centre = rows @ torch.arange(image_hw[0], dtype=torch.float32) / rows.sum(1)
+        high = ~(centre > min_centre * image_hw[0])
+        dropped['centre'] = int(high.sum())
+        good &= ~high
+    if max_width is not None:
+        wide = masks.any(1).sum(1) >= max_width * image_hw[1]
+        dropped['width'] = int((wide & good).sum())
+        good &= ~wide
+    return good
