@@ -5,8 +5,8 @@ anything else; the plan of batches follows from it alone, so it is the same for 
 and after any interruption. ``shards/*.jsonl`` grow by one record an image and one line that commits
 a batch; ``shards/*.f16`` hold the embeddings. What is not committed does not count: its batch is
 done again, whole. Once every batch is there, ``pseudo_labels.json`` (COCO, ordered by image) and
-``pseudo_labels.npy`` (float16, row ``id - 1`` belongs to annotation ``id``) are written, and the
-manifest gets a status for each image.
+``pseudo_labels.embeddings.npy`` (float16, a row for each annotation, in their order) are written,
+and the manifest gets a status for each image.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from ..ops.coco_json import read_json
 from ..ops.rle import RLE
 from .files import atomic_write
 
-LABELS, EMBEDDINGS = 'pseudo_labels.json', 'pseudo_labels.npy'
+LABELS, EMBEDDINGS = 'pseudo_labels.json', 'pseudo_labels.embeddings.npy'
 CATEGORIES = [dict(id=1, name='object', supercategory='object')]
 SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 
@@ -60,7 +60,7 @@ class PseudoLabels(NamedTuple):
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Image files of a folder and of those in it, by their suffix, sorted by relative path.
+    """Image files of a folder and of those in it, by their suffix, sorted; hidden ones are not.
 
     Raises:
         FileNotFoundError, ValueError: There is no such folder, or no image in it.
@@ -68,14 +68,18 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder}: there is no such folder of images.')
-    files = [path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES]
-    files = [path for path in files if path.is_file()]
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob('*')
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    }
+    files = {name: path for name, path in files.items() if not f'/{name}'.count('/.')}
     if not files:
         raise ValueError(
             f'{folder}: there is no image in this folder (nothing that ends in '
             f'{", ".join(sorted(SUFFIXES))}).'
         )
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+    return [files[name] for name in sorted(files)]
 
 
 def read_image_list(source: str | os.PathLike, backend_args: dict | None = None) -> list[dict]:
@@ -412,31 +416,6 @@ class PseudoStore:
         if not whole:
             raise StoreError(_damaged(shard, shard))
         return commit['batch'], found
-
-
-def read_pseudo_labels(path: str | os.PathLike) -> tuple[dict, np.ndarray]:
-    """The final files of a store: what the JSON holds, and float16 ``[rows, E]`` (on the disk).
-
-    Raises:
-        FileNotFoundError, ValueError: One is missing, or an annotation has no embedding.
-    """
-    path = Path(path)
-    data = read_json(path)
-    beside = path.with_suffix('.npy')
-    if not beside.is_file():
-        raise FileNotFoundError(
-            f'{beside}: the embeddings that belong to {path.name} are missing; the two stand side '
-            'by side.'
-        )
-    embeddings = np.load(beside, mmap_mode='r')
-    bad = [a.get('id') for a in data['annotations'] if not 1 <= a.get('id', 0) <= len(embeddings)]
-    if bad:
-        raise ValueError(
-            f'{path}: annotation {bad[0]} has no embedding among the {len(embeddings)} of '
-            f'{beside.name}. Annotations may be deleted, but keep their ids, and new ones have '
-            'none.'
-        )
-    return data, embeddings
 
 
 def fingerprint(config: Mapping) -> str:

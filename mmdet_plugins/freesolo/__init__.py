@@ -6,7 +6,7 @@ NVlabs/FreeSOLO, for non-commercial use: settings and behaviour are taken from i
 """
 
 from .free_mask import FreeSOLOFreeMask
-from .pseudo_labels import (
+from .label_store import (
     FreeSOLOImageDataset,
     FreeSOLOLoadImage,
     FreeSOLOPlannedBatches,

@@ -122,7 +122,7 @@ class FreeSOLOStoreHook(Hook):
     """Opens a :class:`~mmdet_plugins.common.pseudo_store.PseudoStore` for a test run.
 
     The configuration that it stands for: the model but for where its weights come from, the weights
-    themselves, and the pipeline.
+    themselves, the pipeline, and the threshold of the metric.
 
     Args:
         folder: Of the store.
@@ -141,10 +141,12 @@ class FreeSOLOStoreHook(Hook):
         if hasattr(model, 'require_weights'):
             model.require_weights()
         loader = runner.test_dataloader
+        metrics = [m for m in runner.test_evaluator.metrics if isinstance(m, FreeSOLOStoreMetric)]
         config = dict(
             model=_without_weights(runner.cfg.model.to_dict()),
             weights=_hash_weights(model),
             pipeline=_without_weights(runner.cfg.test_dataloader.dataset.pipeline),
+            score_thr=[metric.score_thr for metric in metrics],
         )
         rank, world_size = get_dist_info()
         given = self.folder, loader.dataset.images, config, loader.batch_sampler.batch_size
@@ -157,9 +159,8 @@ class FreeSOLOStoreHook(Hook):
         if rank > 0:
             self.store = PseudoStore(*given, rank=rank)
         loader.batch_sampler.batches = left[rank::world_size]
-        for metric in runner.test_evaluator.metrics:
-            if isinstance(metric, FreeSOLOStoreMetric):
-                metric.store = self.store
+        for metric in metrics:
+            metric.store = self.store
         total = len(self.store.batches)
         runner.logger.info(f'{self.folder}: {total - len(left)} of {total} batches are done')
 
@@ -174,12 +175,16 @@ class FreeSOLOStoreMetric(BaseMetric):
 
     Its figures are those of the whole store: images, images without masks, unreadable ones, masks,
     masks that each rule dropped.
+
+    Args:
+        score_thr: Less certain masks are dropped (section 6.2.3: 0.3, for a trained model).
     """
 
     default_prefix = 'store'
 
-    def __init__(self) -> None:
+    def __init__(self, score_thr: float = 0.0) -> None:
         super().__init__()
+        self.score_thr = score_thr
         self.store: PseudoStore | None = None
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
@@ -190,7 +195,8 @@ class FreeSOLOStoreMetric(BaseMetric):
                 'to custom_hooks.'
             )
         positions = [sample['position'] for sample in data_samples]
-        self.store.add(positions, [_labels(sample) for sample in data_samples])
+        labels = [_labels(sample, self.score_thr) for sample in data_samples]
+        self.store.add(positions, labels)
 
     def evaluate(self, size: int) -> dict[str, int]:
         """Wait for the other ranks and write the final files."""
@@ -217,23 +223,23 @@ def on_first_rank(call: Callable) -> Any:
     return outcome[0]
 
 
-def _labels(sample: dict) -> PseudoLabels:
+def _labels(sample: dict, score_thr: float) -> PseudoLabels:
     if sample['unreadable'] is not None:
-        nothing = np.zeros((0, 4))
-        return PseudoLabels(
-            [], nothing, nothing[:, 0], nothing[:, 0], nothing[:, :0], sample['unreadable']
-        )
+        none = np.zeros((0, 4))
+        parts = [], none, none[:, 0], none[:, 0], none[:, :0]
+        return PseudoLabels(*parts, unreadable=sample['unreadable'])
     found = sample['pred_instances']
-    arrays = (found[key].cpu().numpy() for key in ('bboxes', 'scores'))
-    boxes, scores = arrays
+    scores = found['scores'].float().cpu().numpy()
+    keep = np.flatnonzero(scores >= score_thr)
+    rles = [found['masks'][i] for i in keep]
     embeddings = found.get('embeddings', torch.zeros(len(scores), 0))
     return PseudoLabels(
-        found['masks'],
-        boxes,
-        area(found['masks']),
-        scores,
-        embeddings.cpu().numpy(),
-        dropped=sample.get('dropped') or {},
+        rles,
+        found['bboxes'].float().cpu().numpy()[keep],
+        area(rles),
+        scores[keep],
+        embeddings.float().cpu().numpy()[keep],
+        dropped=sample.get('dropped', {}) | dict(certainty=len(scores) - len(keep)),
     )
 
 
