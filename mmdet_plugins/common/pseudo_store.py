@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from .files import atomic_write
 
 LABELS, EMBEDDINGS = 'pseudo_labels.json', 'pseudo_labels.embeddings.npy'
 CATEGORIES = [dict(id=1, name='object', supercategory='object')]
+PATIENCE_S = 12.0  # that another run gets to let go of a store
 SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 
 
@@ -313,14 +315,13 @@ class PseudoStore:
         shards = sorted((self.folder / 'shards').glob('*.jsonl'))
         for path in [self.folder / 'lock', *shards]:
             file = open(path, 'ab')
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked(file):
                 file.close()
+                self.close()
                 raise StoreError(
                     f'{self.folder}: another run is on this store: wait for its end, or give this '
                     'one a folder of its own.'
-                ) from None
+                )
             if path in shards:
                 file.close()
             else:
@@ -463,6 +464,19 @@ class _Shards:
         file = self._open[path]
         file.seek(start)
         return file.read(stop - start)
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Whether the lock could be had; data workers outlive a killed run by some seconds."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+        time.sleep(0.2)
 
 
 def _flush(file: BinaryIO) -> None:

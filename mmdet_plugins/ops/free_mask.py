@@ -171,7 +171,8 @@ def _coarse(
     ranked, order = ranked[:, :most], order[:, :most]
     iou = ranked.new_zeros(len(ranked), most, most)
     for i, num in enumerate(eligible):
-        iou[i, :num, :num] = mask_iou(masks[i, order[i, :num]].unflatten(1, map_hw))
+        if num:
+            iou[i, :num, :num] = mask_iou(masks[i, order[i, :num]].unflatten(1, map_hw))
     decayed = torch.where(ranked < min_score, -1, ranked * matrix_decay(iou, sigma=sigma))
     decayed, rank = decayed.sort(dim=1, descending=True, stable=True)
     good = (decayed >= min_score).sum(1).tolist()

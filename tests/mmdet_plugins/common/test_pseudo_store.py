@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,8 @@ def test_configurations_do_not_mix(tmp_path, finished):
     assert content(tmp_path) == finished
 
 
-def test_two_runs_on_one_store(tmp_path):
+def test_two_runs_on_one_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudo_store, 'PATIENCE_S', 0.0)
     first = PseudoStore(tmp_path, IMAGES, CONFIG, 2)
     with pytest.raises(StoreError, match='another run is on this store: wait for its end'):
         PseudoStore(tmp_path, IMAGES, CONFIG, 2)
@@ -201,6 +203,14 @@ def test_two_runs_on_one_store(tmp_path):
         PseudoStore(tmp_path, IMAGES, CONFIG, 2)
     second_rank.close()
     PseudoStore(tmp_path, IMAGES, CONFIG, 2).close()
+
+
+def test_waits_for_a_run_that_is_ending(tmp_path):
+    first = PseudoStore(tmp_path, IMAGES, CONFIG, 2)
+    timer = threading.Timer(0.3, first.close)
+    timer.start()
+    PseudoStore(tmp_path, IMAGES, CONFIG, 2).close()
+    timer.join()
 
 
 @pytest.mark.parametrize('suffix', ['.jsonl', '.f16'])

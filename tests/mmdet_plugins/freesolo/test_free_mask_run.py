@@ -19,14 +19,18 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mmdet_plugins.common.mask_postprocess import EncodedMasks
 from mmdet_plugins.common.pseudo_store import EMBEDDINGS, LABELS, StoreError
 from mmdet_plugins.ops.free_mask import free_masks
+from mmdet_plugins.ops.rle import encode_masks
 
 SCRIPT = Path(__file__).with_name('free_mask_run.py')
 SIZES = [(72, 96), (96, 72), (72, 96), (64, 64), (72, 96), (96, 72), (72, 96), (72, 96)]
+MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
+STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 
 
 @pytest.fixture(scope='module')
@@ -123,9 +127,11 @@ def test_labels_are_those_of_the_algorithm(finished, images, weights, script):
         pixels = cv2.imread(str(images / image['file_name']))
         pixels = cv2.resize(pixels, (2 * hw[1], 2 * hw[0]), interpolation=cv2.INTER_LINEAR)
         pixels = torch.from_numpy(pixels[:, :, ::-1].copy()).permute(2, 0, 1).float()
-        mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+        mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[
+            ..., None, None
+        ]
         with torch.no_grad():
-            features = model.backbone(((pixels.T - mean) / std).T[None])[-1]
+            features = model.backbone(((pixels - mean) / std)[None])[-1]
         (expected,) = free_masks(features, hw)
         annotations = coco.loadAnns(coco.getAnnIds(image['id']))
         assert [a['segmentation'] for a in annotations] == expected.rles
@@ -167,7 +173,7 @@ def test_killed_and_on_two_ranks_the_bytes_are_the_same(
     'options, message',
     [
         (dict(weights=None), 'The backbone has random weights, in whose features there are no obj'),
-        (dict(model__backbone__depth=50), 'of the parameters of the backbone are random|of the .*'),
+        (dict(model__backbone__depth=50), r'of the \d+ parameters of the backbone are'),
         (dict(model__free_mask__max_num=3), r'configuration \(model.free_mask.max_num was 20, is'),
         (dict(test_dataloader__batch_size=2), 'begun with batches of 3, not of 2'),
     ],
@@ -231,7 +237,7 @@ class Stub(BaseModel):
             sample.pred_instances = InstanceData(
                 bboxes=torch.tensor([[0.0, 0, width, height]]),
                 scores=torch.ones(1),
-                masks=EncodedMasks([dict(size=[height, width], counts=f'0{chr(48 + 20)}')]),
+                masks=EncodedMasks(encode_masks(torch.ones(1, height, width))),
             )
         return data_samples
 
@@ -274,5 +280,7 @@ def test_images_of_different_sizes_in_one_batch(script, weights, images):
         return [sample.pred_instances for sample in model.test_step(data)]
 
     together, alone = predict(0, 1), [predict(i)[0] for i in (0, 1)]
-    assert together[0].masks == alone[0].masks
+    assert len(alone[0].masks) == len(together[0].masks) > 0
+    overlaps = coco_mask.iou(list(together[0].masks), list(alone[0].masks), [0] * len(alone[0]))
+    assert overlaps.diagonal().min() > 0.99
     assert all(rle['size'] == [96, 128] for rle in together[1].masks)
