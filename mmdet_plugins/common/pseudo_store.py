@@ -112,6 +112,23 @@ def read_image_list(source: str | os.PathLike, backend_args: dict | None = None)
     return [{field: image[field] for field in fields} for image in images]
 
 
+def find_copies(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Pairs of a file and an earlier one of the same size and the same last 64 KiB."""
+    by_size = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        by_size[path.stat().st_size].append(path)
+    copies = []
+    for size, members in by_size.items():
+        first: dict[bytes, Path] = {}
+        for path in members if len(members) > 1 else ():
+            with open(path, 'rb') as file:
+                file.seek(max(0, size - (64 << 10)))
+                original = first.setdefault(hashlib.sha256(file.read()).digest(), path)
+            if original is not path:
+                copies.append((path, original))
+    return copies
+
+
 def _entry(number: int, path: Path, folder: str | os.PathLike) -> dict:
     entry = dict(id=number, file_name=path.relative_to(folder).as_posix(), height=0, width=0)
     try:

@@ -13,11 +13,18 @@ from mmengine.dataset import BaseDataset
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.utils.data import Sampler
 
-from ..common.pseudo_store import PseudoLabels, PseudoStore, StoreError, read_image_list
+from ..common.pseudo_store import (
+    PseudoLabels,
+    PseudoStore,
+    StoreError,
+    find_copies,
+    read_image_list,
+)
 from ..ops.images import read_image
 from ..ops.rle import area
 
@@ -63,6 +70,13 @@ class FreeSOLOImageDataset(BaseDataset):
                 raise ValueError(f'{ann_file}: the image id {min(common)} is also in another file.')
             ids.update(entry['id'] for entry in entries)
             self.images += entries
+            if ann_file is None:
+                copies = find_copies([root / entry['file_name'] for entry in entries])
+                if copies:
+                    MMLogger.get_current_instance().warning(
+                        f'{len(copies)} images are copies of others, {copies[0][0]} of '
+                        f'{copies[0][1].name} for one: they are labelled, and count, each time.'
+                    )
         return [
             dict(
                 img_path=str(root / entry['file_name']),

@@ -90,6 +90,8 @@ def free_masks(
     """
     height, width = map_hw = tuple(features.shape[2:])
     scales = [scale for scale in scales if min(height, width) * scale >= 1] or [1]
+    if len(features) == 0:
+        return []
     if min_score <= 0:
         raise ValueError(f'min_score must be positive, got {min_score}')
     rules = dict(

@@ -17,6 +17,7 @@ from mmdet_plugins.common.pseudo_store import (
     PseudoLabels,
     PseudoStore,
     StoreError,
+    find_copies,
     list_images,
     plan_batches,
     read_image_list,
@@ -154,7 +155,7 @@ def test_killed_at_any_write_and_resumed(part, tmp_path, finished):
 
 
 def test_killed_again_and_again(tmp_path, finished):
-    for _ in range(4):
+    for _ in range(3):
         assert kill_at(tmp_path, 2, 0.5) == -signal.SIGKILL  # in the second batch of those left
     fill(tmp_path)
     assert content(tmp_path) == finished
@@ -302,6 +303,18 @@ def test_folder_of_images(tmp_path):
         list_images(store)
     with pytest.raises(FileNotFoundError, match='there is no such folder of images'):
         read_image_list(tmp_path / 'nowhere')
+
+
+def test_copies(tmp_path):
+    contents = dict(a=b'x' * 9, b=b'y' * 9, c=b'x' * 9, d=b'x' * 8, e=b'', f=b'', g=b'y' * 9)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    found = find_copies([tmp_path / name for name in contents])
+    assert [(copy.name, first.name) for copy, first in found] == [
+        ('c', 'a'),
+        ('g', 'b'),
+        ('f', 'e'),
+    ]
 
 
 def test_coco_file_of_images(tmp_path):
