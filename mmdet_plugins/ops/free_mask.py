@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .instance_masks import Frame, Selection, resize_instances
-from .matrix_nms import mask_iou, matrix_decay, on_cpu
+from .matrix_nms import common_pixels, matrix_decay, on_cpu
 from .rle import RLE, decode_rle
 
-_FLAT = 1e-5  # cosines of a row that differ by less are one colour and its rounding
-_BLOCK = 256  # rows of the symmetric product that are made at a time on the CPU
+_FLAT = 1e-5  # products of a row that differ by less than this part are one and its rounding
+_TINY = 1e-12
+_BLOCK = 350  # rows of the symmetric product that are made at a time on the CPU
 _BYTES = 2 << 30  # of maps and what is made of them, at a time on a device
 
 
@@ -171,60 +172,56 @@ def _coarse(
 
     most = max(1, *eligible)  # never none, so that no shape below is empty
     ranked, order = ranked[:, :most], order[:, :most]
-    iou = ranked.new_zeros(len(ranked), most, most)
-    for i, num in enumerate(eligible):
-        if num:
-            iou[i, :num, :num] = mask_iou(masks[i, order[i, :num]].unflatten(1, map_hw))
+    chosen = masks.gather(1, order[:, :, None].expand(-1, -1, masks.shape[2])).view(torch.int8)
+    common = torch.stack([common_pixels(flat, flat) for flat in chosen])
+    area = area.gather(1, order)
+    iou = common / (area[:, :, None] + area[:, None] - common).clamp(min=1)
     decayed = torch.where(ranked < min_score, -1, ranked * matrix_decay(iou, sigma=sigma))
     decayed, rank = decayed.sort(dim=1, descending=True, stable=True)
     good = (decayed >= min_score).sum(1).tolist()
 
     width = max(1, min(max(good), max_num))
     scores, query = decayed[:, :width], order.gather(1, rank[:, :width])
-    kept = scores >= min_score
+    image, place = (scores >= min_score).nonzero(as_tuple=True)
     sampled = F.grid_sample(
         features, points[query][:, None], padding_mode='border', align_corners=False
     )
-    embeddings = sampled[:, :, 0].transpose(1, 2)[kept]
-    image = torch.arange(len(kept), device=kept.device)[:, None]
-    maps = soft[image, query][kept].unflatten(1, map_hw)
+    embeddings = F.normalize(sampled[image, :, 0, place], dim=1)
+    maps = soft[image, query[image, place]].unflatten(1, map_hw)
     dropped = [
         dict(cells=t, score=f - t - g, number=max(0, g - max_num), kept=min(g, max_num))
         for f, t, g in zip(formed, tiny, good, strict=True)
     ]
-    return _Coarse(maps, scores[kept], F.normalize(embeddings, dim=1), dropped)
+    return _Coarse(maps, scores[image, place], embeddings, dropped)
 
 
 def _cosine_maps(features: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Normalised rows ``[B, Q, P]`` and the places ``[Q, 2]`` of the queries for ``grid_sample``.
 
-    Rows without contrast, or with anything that is not finite, are zero.
+    Rows without contrast are zero; those with anything that is not finite, zero or NaN.
     """
-    height, width = map_hw = tuple(features.shape[2:])
-    keys = features.flatten(2)
-    lengths = keys.norm(dim=1, keepdim=True)
-    gram = _gram(F.normalize(keys, dim=1))
+    map_hw = tuple(features.shape[2:])
+    gram = _gram(features.flatten(2))
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()
     rows, points = [], []
     for scale in scales:
         if scale == 1:
             rows.append(gram)
             hw = map_hw
         else:
-            # Of lengths up to 1, so that contrast stays that of cosines.
-            grids = (gram * (lengths / lengths.amax(2, keepdim=True))).unflatten(2, map_hw)
-            grids = F.interpolate(grids, scale_factor=scale, mode='bilinear')
+            grids = F.interpolate(gram.unflatten(2, map_hw), scale_factor=scale, mode='bilinear')
             rows.append(grids.flatten(2).transpose(1, 2))
             hw = tuple(grids.shape[2:])
         y, x = (
-            (torch.arange(num, device=keys.device) + 0.5) / (scale * length) * 2 - 1
+            (torch.arange(num, device=gram.device) + 0.5) / (scale * length) * 2 - 1
             for num, length in zip(hw, map_hw, strict=True)
         )
         points.append(torch.stack(torch.meshgrid(x, y, indexing='xy'), -1).flatten(0, 1))
-    soft = torch.cat(rows, 1)
-    low, high = soft.aminmax(dim=2, keepdim=True)
+    soft = torch.cat(rows, 1).div_(lengths.clamp(min=_TINY)[:, None])
+    low, high = soft.amin(2, keepdim=True), soft.amax(2, keepdim=True)
     contrast = high - low
-    soft.sub_(low).div_(contrast)
-    return soft.masked_fill_(~(contrast > _FLAT), 0), torch.cat(points)
+    contrast[~(contrast > _FLAT * high.abs())] = torch.inf
+    return soft.sub_(low).div_(contrast), torch.cat(points)
 
 
 def _gram(keys: Tensor) -> Tensor:
