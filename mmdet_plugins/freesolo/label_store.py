@@ -35,7 +35,8 @@ class FreeSOLOImageDataset(BaseDataset):
 
     Args:
         data_root: What the paths in ``sources``, and file names in the labels, are relative to.
-        sources: Dicts with ``img``, a folder of images, and for a COCO file ``ann_file``.
+        sources: Dicts with ``img``, a folder of images, the root itself by default, and for a COCO
+            file ``ann_file``.
         pipeline: Of transforms, beginning with :class:`FreeSOLOLoadImage`.
 
     Attributes:

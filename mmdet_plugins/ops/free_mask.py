@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .instance_masks import Frame, Selection, resize_instances
+from .instance_masks import BYTE_BUDGET, Frame, Selection, resize_instances
 from .matrix_nms import common_pixels, matrix_decay, on_cpu
 from .rle import RLE, decode_rle
 
@@ -119,20 +119,25 @@ def free_masks(
     )
     boxes, areas = masks.boxes_xyxy.cpu(), masks.areas.cpu()
     scores, embeddings = scores.cpu(), embeddings.cpu()
+    refused = {}
+    if min_centre is not None or max_width is not None:
+        rows, columns = _projections(maps, mask_thr, masks.masks, image_hw)
+        if min_centre is not None:
+            middle = (rows * np.arange(rows.shape[1])).sum(1) / rows.sum(1).clip(min=1)
+            refused['centre'] = torch.from_numpy(middle <= min_centre * rows.shape[1])
+        if max_width is not None:
+            refused['width'] = torch.from_numpy(columns.sum(1) >= max_width * columns.shape[1])
+    good = areas > 0
     results, start = [], 0
     for dropped in [x for part in parts for x in part.dropped]:
         span = slice(start, start + dropped.pop('kept'))
-        start = span.stop
-        rles = masks.masks[span]
-        good = areas[span] > 0
-        good &= _allowed(rles, image_hw, min_centre, max_width, dropped)
-        results.append(
-            FreeMasks(
-                list(compress(rles, good.tolist())),
-                *(x[span][good] for x in (boxes, areas, scores, embeddings)),
-                dropped,
-            )
-        )
+        start, keep = span.stop, good[span]
+        for rule, bad in refused.items():
+            dropped[rule] = int((bad[span] & keep).sum())
+            keep = keep & ~bad[span]
+        rles = list(compress(masks.masks[span], keep.tolist()))
+        rest = (x[span][keep] for x in (boxes, areas, scores, embeddings))
+        results.append(FreeMasks(rles, *rest, dropped))
     return results
 
 
@@ -174,8 +179,8 @@ def _coarse(
     ranked, order = ranked[:, :most], order[:, :most]
     chosen = masks.gather(1, order[:, :, None].expand(-1, -1, masks.shape[2])).view(torch.int8)
     common = torch.stack([common_pixels(flat, flat) for flat in chosen])
-    area = area.gather(1, order)
-    iou = common / (area[:, :, None] + area[:, None] - common).clamp(min=1)
+    area = area.gather(1, order).float()
+    iou = common.div_((area[:, :, None] + area[:, None]).sub_(common).clamp_(min=1))
     decayed = torch.where(ranked < min_score, -1, ranked * matrix_decay(iou, sigma=sigma))
     decayed, rank = decayed.sort(dim=1, descending=True, stable=True)
     good = (decayed >= min_score).sum(1).tolist()
@@ -238,26 +243,16 @@ def _gram(keys: Tensor) -> Tensor:
     return gram
 
 
-def _allowed(
-    rles: list[RLE],
-    image_hw: tuple[int, int],
-    min_centre: float | None,
-    max_width: float | None,
-    dropped: dict[str, int],
-) -> Tensor:
-    """The priors of the released code, bool ``[n]``; says in ``dropped`` what each took."""
-    good = torch.ones(len(rles), dtype=torch.bool)
-    if min_centre is None and max_width is None:
-        return good
-    masks = torch.from_numpy(decode_rle(rles, image_hw))
-    if min_centre is not None:
-        rows = masks.any(2).float()
-        centre = rows @ torch.arange(image_hw[0], dtype=torch.float32) / rows.sum(1)
-        high = ~(centre > min_centre * image_hw[0])
-        dropped['centre'] = int(high.sum())
-        good &= ~high
-    if max_width is not None:
-        wide = masks.any(1).sum(1) >= max_width * image_hw[1]
-        dropped['width'] = int((wide & good).sum())
-        good &= ~wide
-    return good
+def _projections(
+    maps: Tensor, mask_thr: float, rles: list[RLE], image_hw: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows ``[n, H]`` and the columns ``[n, W]`` that masks touch, bool."""
+    if on_cpu(maps) or len(maps) == 0:
+        masks = decode_rle(rles, image_hw)
+        return masks.any(2), masks.any(1)
+    sides = []
+    for part in maps.split(max(1, BYTE_BUDGET // (8 * image_hw[0] * image_hw[1]))):
+        full = F.interpolate(part[None], image_hw, mode='bilinear')[0] >= mask_thr
+        sides.append((full.any(2), full.any(1)))
+    rows, columns = (torch.cat(side).cpu().numpy() for side in zip(*sides, strict=True))
+    return rows, columns

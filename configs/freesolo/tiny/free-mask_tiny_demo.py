@@ -6,14 +6,14 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(depth=18, base_channels=16))
+model = dict(backbone=dict(depth=18, base_channels=32))
 
 test_dataloader = dict(
     batch_size=8,
     num_workers=0,
     dataset=dict(
-        data_root='work_dirs/demo/data/',
-        sources=[dict(ann_file='instances_train.json', img='images/')],
+        data_root='work_dirs/demo/data/images/',
+        sources=[dict(ann_file='../instances_train.json')],
         pipeline=[
             dict(type='FreeSOLOLoadImage'),
             dict(type='Resize', scale_factor=2.0, keep_ratio=True),
