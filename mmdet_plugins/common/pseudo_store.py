@@ -16,10 +16,11 @@ import os
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from mmengine.fileio import get_local_path
@@ -220,7 +221,7 @@ class PseudoStore:
                 f'{self.folder}: the images {list(positions)[:4]} are no batch of its plan; let '
                 "the store's own sampler form the batches."
             )
-        try:
+        with self._room_needed():
             lines, vectors = self._files or self._new_shard()
             offset, records, crc, rows, columns = vectors.tell(), [], 0, 0, 0
             for position, found in zip(positions, labels, strict=True):
@@ -234,11 +235,6 @@ class PseudoStore:
             commit = dict(batch=batch, crc=crc, rows=rows, columns=columns)
             lines.write(b''.join(records) + json.dumps(commit).encode() + b'\n')
             _flush(lines)
-        except OSError as error:
-            raise StoreError(
-                f'{self.folder}: a batch could not be written ({error.strerror or error}). All '
-                'earlier ones are safe: free some space and start the same command again.'
-            ) from error
 
     def finish(self) -> dict[str, int]:
         """Write the final files, once all batches of all ranks are committed.
@@ -248,7 +244,8 @@ class PseudoStore:
             each rule dropped.
 
         Raises:
-            StoreError: Batches are missing, or an embedding is not what was written.
+            StoreError: Batches are missing, an embedding is not what was written, or the files
+                cannot be.
         """
         done = self._scan()
         if missing := len(self.batches) - len(done):
@@ -266,18 +263,19 @@ class PseudoStore:
             max((batch.columns for batch in done.values()), default=0),
         )
         statuses: list[dict] = []
-        with (
-            atomic_write(self.folder / LABELS) as labels,
-            atomic_write(self.folder / EMBEDDINGS, 'wb') as vectors,
-        ):
-            np.lib.format.write_array_header_1_0(
-                vectors, dict(descr='<f2', fortran_order=False, shape=shape)
-            )
-            counts = self._merge(place, labels, vectors, statuses)
-        images = [image | status for image, status in zip(self.images, statuses, strict=True)]
-        files = {name: _digest(self.folder / name) for name in (LABELS, EMBEDDINGS)}
-        with atomic_write(self.folder / 'manifest.json') as file:
-            json.dump(self._manifest | dict(images=images, files=files), file)
+        with self._room_needed():
+            with (
+                atomic_write(self.folder / LABELS) as labels,
+                atomic_write(self.folder / EMBEDDINGS, 'wb') as vectors,
+            ):
+                np.lib.format.write_array_header_1_0(
+                    vectors, dict(descr='<f2', fortran_order=False, shape=shape)
+                )
+                counts = self._merge(place, labels, vectors, statuses)
+            images = [image | status for image, status in zip(self.images, statuses, strict=True)]
+            files = {name: _digest(self.folder / name) for name in (LABELS, EMBEDDINGS)}
+            with atomic_write(self.folder / 'manifest.json') as file:
+                json.dump(self._manifest | dict(images=images, files=files), file)
         return counts
 
     def close(self) -> None:
@@ -286,7 +284,24 @@ class PseudoStore:
             file.close()
         self._files, self._locks = [], []
 
-    def _merge(self, place, labels, vectors, statuses: list[dict]) -> dict[str, int]:
+    @contextmanager
+    def _room_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f'{self.folder}: it could not be written to ({error.strerror or error}). All '
+                'batches before this are safe: free some space and start the same command again.'
+            ) from error
+
+    def _merge(
+        self,
+        place: Mapping[int, tuple[Path, tuple[int, int]]],
+        labels: IO[str],
+        vectors: BinaryIO,
+        statuses: list[dict],
+    ) -> dict[str, int]:
+        """Write the two files, fill in a status for each image, and count."""
         counts = defaultdict(int, images=len(self.images), unreadable=0, without_masks=0, masks=0)
         labels.write('{"info": ' + json.dumps(dict(config=self._manifest['hash'])))
         labels.write(f', "categories": {json.dumps(CATEGORIES)}, "annotations": [')

@@ -246,15 +246,18 @@ def test_labels_edited_by_hand(tmp_path, finished):
 def test_full_disk(tmp_path, monkeypatch, finished):
     flush, calls = pseudo_store._flush, iter(range(100))
 
-    def full(file):
-        if next(calls) == 3:
-            raise OSError(errno.ENOSPC, 'No space left on device')
-        flush(file)
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr(pseudo_store, '_flush', full)
-    with pytest.raises(StoreError, match=r'\(No space left on device\). All earlier ones are safe'):
-        fill(tmp_path)
-    monkeypatch.undo()
+    sentence = r'\(No space left on device\). All batches before this are safe'
+    for name, failing in (
+        ('_flush', lambda file: full() if next(calls) == 3 else flush(file)),  # the second batch
+        ('_digest', full),  # the final files
+    ):
+        monkeypatch.setattr(pseudo_store, name, failing)
+        with pytest.raises(StoreError, match=sentence):
+            fill(tmp_path)
+        monkeypatch.undo()
     fill(tmp_path)
     assert content(tmp_path) == finished
 
