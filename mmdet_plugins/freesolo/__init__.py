@@ -15,8 +15,16 @@ from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
 from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor
 
 from .datasets import FreeSOLODataset, FreeSOLOFewShotDataset
+from .free_mask import FreeSOLOFreeMask
 from .head import FreeSOLOHead
 from .hooks import FreeSOLOTransferHook
+from .label_store import (
+    FreeSOLOImageDataset,
+    FreeSOLOLoadImage,
+    FreeSOLOPlannedBatches,
+    FreeSOLOStoreHook,
+    FreeSOLOStoreMetric,
+)
 from .losses import FreeSOLOWeakMaskLoss
 from .preprocessor import FreeSOLODataPreprocessor
 from .pseudo_labels import FreeSOLOPseudoLabels
@@ -27,10 +35,16 @@ __all__ = [
     'FreeSOLODataPreprocessor',
     'FreeSOLODataset',
     'FreeSOLOFewShotDataset',
+    'FreeSOLOFreeMask',
     'FreeSOLOHead',
+    'FreeSOLOImageDataset',
     'FreeSOLOLoadAnnotations',
+    'FreeSOLOLoadImage',
     'FreeSOLOPackInputs',
+    'FreeSOLOPlannedBatches',
     'FreeSOLOPseudoLabels',
+    'FreeSOLOStoreHook',
+    'FreeSOLOStoreMetric',
     'FreeSOLOTransferHook',
     'FreeSOLOWeakMaskLoss',
     'SOLODiceLoss',

@@ -251,7 +251,7 @@ def mask_intersections(
                 top, bottom = max(a.top, b.top), min(a.bottom, b.bottom)
                 if top >= bottom:
                     continue
-                common = _dot(a.rows(top, bottom), b.rows(top, bottom))
+                common = common_pixels(a.rows(top, bottom), b.rows(top, bottom))
                 inter[a.members[:, None], b.members] = common
                 if mirrored and a is not b:
                     inter[b.members[:, None], a.members] = common.T
@@ -361,8 +361,8 @@ def _count_common(words: np.ndarray, others: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(rows)).float()
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` of int8 zeros and ones, exact, as float32."""
+def common_pixels(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T``, float32 ``[n, m]``, of int8 zeros and ones ``[n, K]`` and ``[m, K]``; exact."""
     rows, columns = len(a), len(b)
     if not on_cpu(a):  # what cuBLAS asks for: more than 16 rows, multiples of 8
         pad = -a.shape[1] % 8

@@ -1,0 +1,36 @@
+"""Coarse masks of the made-up scenes with a narrow ResNet-18, at twice their size."""
+
+_base_ = [
+    '../_base_/free-mask_r50.py',
+    '../_base_/unlabeled_folder.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+model = dict(backbone=dict(depth=18, base_channels=32))
+
+test_dataloader = dict(
+    batch_size=8,
+    num_workers=0,
+    dataset=dict(
+        data_root='work_dirs/demo/data/images/',
+        sources=[dict(ann_file='../instances_train.json')],
+        pipeline=[
+            dict(type='FreeSOLOLoadImage'),
+            dict(type='Resize', scale_factor=2.0, keep_ratio=True),
+            dict(
+                type='PackDetInputs',
+                meta_keys=(
+                    'img_id',
+                    'img_path',
+                    'ori_shape',
+                    'img_shape',
+                    'scale_factor',
+                    'position',
+                    'unreadable',
+                ),
+            ),
+        ],
+    ),
+)
+
+custom_hooks = [dict(type='FreeSOLOStoreHook', folder='work_dirs/demo/free_mask/')]
