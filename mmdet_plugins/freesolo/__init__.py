@@ -27,7 +27,6 @@ from .label_store import (
 )
 from .losses import FreeSOLOWeakMaskLoss
 from .preprocessor import FreeSOLODataPreprocessor
-from .pseudo_labels import FreeSOLOPseudoLabels
 from .transforms import FreeSOLOCopyPaste, FreeSOLOLoadAnnotations, FreeSOLOPackInputs
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     'FreeSOLOLoadImage',
     'FreeSOLOPackInputs',
     'FreeSOLOPlannedBatches',
-    'FreeSOLOPseudoLabels',
     'FreeSOLOStoreHook',
     'FreeSOLOStoreMetric',
     'FreeSOLOTransferHook',

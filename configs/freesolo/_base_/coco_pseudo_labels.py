@@ -23,7 +23,7 @@ train_dataloader = dict(
         type='MultiImageMixDataset',
         dataset=dict(
             type='FreeSOLODataset',
-            ann_file='work_dirs/freesolo/free_masks.json',
+            ann_file='work_dirs/free_mask_coco/pseudo_labels.json',
             data_prefix=dict(img='data/coco/'),
             filter_cfg=dict(filter_empty_gt=True, min_size=32),
             pipeline=load_pipeline,

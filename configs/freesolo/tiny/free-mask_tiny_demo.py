@@ -6,14 +6,25 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 
-model = dict(backbone=dict(depth=18, base_channels=32))
+# The backbone of ``densecl_tiny_demo.py``.
+model = dict(
+    backbone=dict(
+        depth=18,
+        base_channels=32,
+        stem_channels=32,
+        num_stages=3,
+        strides=(1, 2, 2),
+        dilations=(1, 1, 1),
+        out_indices=(2,),
+    )
+)
 
 test_dataloader = dict(
     batch_size=8,
     num_workers=0,
     dataset=dict(
-        data_root='work_dirs/demo/data/images/',
-        sources=[dict(ann_file='../instances_train.json')],
+        data_root='work_dirs/demo/data/',
+        sources=[dict(ann_file='instances_train.json', img='images/')],
         pipeline=[
             dict(type='FreeSOLOLoadImage'),
             dict(type='Resize', scale_factor=2.0, keep_ratio=True),

@@ -21,8 +21,8 @@ train_dataloader = dict(
         type='MultiImageMixDataset',
         dataset=dict(
             type='FreeSOLODataset',
-            ann_file='work_dirs/demo/freesolo/free_masks.json',
-            data_prefix=dict(img='work_dirs/demo/data/images/'),
+            ann_file='work_dirs/demo/free_mask/pseudo_labels.json',
+            data_prefix=dict(img='work_dirs/demo/data/'),
             filter_cfg=dict(filter_empty_gt=True),
             pipeline=load_pipeline,
         ),

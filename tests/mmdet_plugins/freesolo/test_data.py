@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from mmdet.registry import DATASETS, MODELS, TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
 from mmengine.registry import init_default_scope
@@ -273,49 +273,6 @@ def test_a_part_of_the_labels(tmp_path, limit):
     assert chosen(0.1) == ten != chosen(0.1, seed=2)
     with pytest.raises(ValueError, match='fraction must be'):
         chosen(0.0)
-
-
-def prediction(image_id, hw, masks, scores, value, dense=False):
-    instances = InstanceData(
-        masks=torch.from_numpy(masks) if dense else encode_masks(masks),
-        bboxes=torch.zeros(len(masks), 4),
-        scores=torch.tensor(scores),
-        embeddings=torch.full((len(masks), DIMS), value),
-    )
-    return dict(img_id=image_id, ori_shape=hw, pred_instances=instances)
-
-
-def test_predictions_become_pseudo_labels(labels, tmp_path, freesolo):
-    """Shown in another order than the file's; less certain objects go; the data set reads them."""
-    out = tmp_path / 'next' / 'labels.json'
-    metric = METRICS.build(
-        dict(type='FreeSOLOPseudoLabels', ann_file=str(labels), out_file=str(out))
-    )
-    masks = [freesolo.ellipses(3, hw, 5) for hw in SIZES]
-    metric.process({}, [prediction(8, SIZES[1], masks[1], [0.8, 0.2999, 0.3], 2.0, dense=True)])
-    metric.process({}, [prediction(9, SIZES[2], masks[2][:0], [], 3.0)])
-    metric.process({}, [prediction(7, SIZES[0], masks[0], [0.1, 0.9, 0.1], 1.0)])
-    values = metric.evaluate(3)
-    assert values['pseudo_labels/masks_per_image'] == 1
-    assert values['pseudo_labels/without'] == pytest.approx(1 / 3)
-    data = json.loads(out.read_text())
-    assert [image['id'] for image in data['images']] == [7, 8, 9]
-    assert [ann['image_id'] for ann in data['annotations']] == [7, 8, 8]
-    assert [ann['score'] for ann in data['annotations']] == [0.9, 0.8, 0.3]
-    assert np.load(embeddings_file(out)).dtype == np.float16
-    again = dataset(out, data_prefix=dict(img=str(labels.parent)))
-    assert np.array_equal(again[0]['gt_masks'].masks, masks[0][1:2])
-    assert np.array_equal(again[1]['gt_masks'].masks, masks[1][[0, 2]])
-    assert again[1]['gt_embeddings'].tolist() == [[2.0] * DIMS] * 2
-
-
-def test_only_listed_images_become_pseudo_labels(labels, tmp_path, freesolo):
-    out = tmp_path / 'next.json'
-    metric = METRICS.build(
-        dict(type='FreeSOLOPseudoLabels', ann_file=str(labels), out_file=str(out))
-    )
-    with pytest.raises(ValueError, match='Image 70 is not in'):
-        metric.process({}, [prediction(70, SIZES[0], freesolo.ellipses(1, SIZES[0], 0), [1.0], 1)])
 
 
 def test_affinity_of_a_batch_is_boxinsts():

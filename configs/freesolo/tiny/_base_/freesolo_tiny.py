@@ -25,7 +25,7 @@ model = dict(
         mask_features=dict(
             feat_channels=32, out_channels=64, norm_cfg=dict(type='GN', num_groups=8)
         ),
-        embed_dims=256,
+        embed_dims=128,
         loss_mask=dict(warmup_iters=100),
     ),
 )
