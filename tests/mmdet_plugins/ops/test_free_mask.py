@@ -137,6 +137,16 @@ def test_counts_of_the_rules_add_up(way):
     assert found.dropped['number'] == len(expected) - 3
 
 
+def test_masks_of_one_cell():
+    """Every cell is like itself alone; a coarse query is like the four that it is the mean of."""
+    features = torch.eye(72).view(1, 72, 8, 9)
+    (found,) = free_masks(features, (64, 72), scales=(1.0, 0.5))
+    assert found.dropped == dict(cells=72, score=0, number=0) and len(found.rles) == 16
+    (found,) = free_masks(features, (64, 72), scales=(1.0,), min_cells=1, max_num=70)
+    assert found.dropped == dict(cells=0, score=0, number=2)
+    torch.testing.assert_close(found.scores, torch.ones(70))
+
+
 def test_batch_is_its_images(way):
     images = [blobs(seed=seed, num=seed) for seed in range(4)] + [torch.ones(32, 13, 22)]
     together = free_masks(torch.stack(images), (97, 160))
