@@ -118,8 +118,12 @@ def data_options(cfg: Config, data: Path) -> dict[str, str]:
     """What to change in a tiny config so that it reads its data from ``data``."""
     options = {}
     for split in ('train', 'val', 'test'):
-        options[f'{split}_dataloader.dataset.data_root'] = f'{data}/'
-        if 'ann_file' in cfg.get(f'{split}_evaluator', {}):
+        loader, evaluator = (
+            cfg.get(f'{split}_{part}') or {} for part in ('dataloader', 'evaluator')
+        )
+        if 'data_root' in loader.get('dataset', {}):
+            options[f'{split}_dataloader.dataset.data_root'] = f'{data}/'
+        if 'ann_file' in evaluator:
             options[f'{split}_evaluator.ann_file'] = f'{data}/instances_val.json'
     return options
 

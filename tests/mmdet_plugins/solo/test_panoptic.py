@@ -271,6 +271,7 @@ def test_learns_a_small_set_by_heart(repo, tmp_path):
     cfg.train_dataloader.dataset.pipeline = [t for t in pipeline if t.type != 'RandomFlip']
     cfg.train_dataloader.batch_size = 2
     cfg.train_cfg.update(max_iters=iters, val_interval=iters)
+    cfg.optim_wrapper.optimizer.lr = 2e-3
     cfg.work_dir, cfg.randomness = str(tmp_path), dict(seed=0)
     runner = Runner.from_cfg(cfg)
     runner.train()

@@ -1,0 +1,227 @@
+"""Photographs in, an instance segmenter out, nothing labelled: every stage of FreeSOLO in a row.
+
+    python projects/freesolo/freesolo.py [--data FOLDER]
+
+DenseCL learns features from the images, Free Mask finds coarse masks in them, SOLOv2 is trained on
+these (iteration 0 of Table 6.7(c)), and again on its own predictions (iteration 1, ...). FOLDER
+holds photographs; if they lie in ``images/`` beside ``instances_train.json`` and
+``instances_val.json``, the images of the first are learnt from, labels unseen, and every iteration
+is scored on the second. Without it the made-up scenes of ``make demo`` are used. All stages are
+stock runner calls; the same command goes on where it was stopped, inside a stage too.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.report import write_report
+from mmdet_plugins.common.stages import (
+    Stage,
+    config_digest,
+    environment,
+    evaluate,
+    keep_settings,
+    mim,
+    prepare_data,
+    train,
+)
+from mmdet_plugins.ops.open_world import evaluate_json
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+METRICS = ('segm_AP', 'segm_AP50', 'segm_AR@10', 'segm_AR@100', 'bbox_AR@100')
+
+
+class Recipe:
+    """The stages of one output folder.
+
+    Args:
+        args: Of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.iters = args.device, args.iters
+        self.out = args.out or Path('work_dirs') / (
+            f'freesolo-{args.data.name}' if args.data else 'freesolo'
+        )
+        if args.fresh and self.out.exists():
+            shutil.rmtree(self.out)
+        self.data = (args.data or self.out / 'data').resolve()
+        self.labelled = args.data is None or (self.data / 'instances_train.json').exists()
+        if self.labelled:
+            prepare_data(self.data, synthetic=args.data is None)
+        self.out = self.out.resolve()
+        self.train_source, self.val_source = (
+            dict(ann_file=f'instances_{split}.json', img='images/')
+            if self.labelled
+            else {'img': ''}
+            for split in ('train', 'val')
+        )
+
+    def config(self, name: str, base: str, changes: Mapping[str, Any]) -> Path:
+        """Write a shipped config with changes."""
+        cfg = Config.fromfile(CONFIGS / f'{base}.py')
+        cfg.merge_from_dict(dict(changes))
+        path = self.out / f'{name}.py'
+        with atomic_write(path) as file:
+            file.write(cfg.pretty_text)
+        keep_settings(self.out / name, {'config': config_digest(path)})
+        return path
+
+    def trained(self, name: str, base: str, changes: Mapping[str, Any], iters: int) -> Stage:
+        """Train through ``mim train``, unless that is done."""
+        stage = Stage(name, 'mmdet', self.config(name, base, changes), iters, self.out / name)
+        train([stage], self.data, self.device)
+        return stage
+
+    def labels(
+        self, name: str, base: str, checkpoint: Path, source: dict, changes: Mapping[str, Any] = {}
+    ) -> Path:
+        """Fill a store of pseudo-labels through ``mim test``, unless it is full."""
+        folder = self.out / name / 'store'
+        labels = folder / 'pseudo_labels.json'
+        config = self.config(
+            name,
+            base,
+            {
+                **changes,
+                'test_dataloader.dataset.data_root': f'{self.data}/',
+                'test_dataloader.dataset.sources': [source],
+                'custom_hooks.0.folder': str(folder),
+            },
+        )
+        if not labels.exists():
+            print(f'{name}: labelling', flush=True)
+            command = mim('test', 'mmdet', config, '--checkpoint', checkpoint)
+            with open(self.out / name / 'console.log', 'a') as log:
+                done = subprocess.run(
+                    [*command, '--work-dir', str(self.out / name / 'log')],
+                    env=environment(self.device, 1),
+                    stdout=log,
+                    stderr=log,
+                )
+            if done.returncode:
+                raise SystemExit(
+                    ''.join(open(log.name).readlines()[-5:])
+                    + f'{name} stopped early (end of {log.name} above); the same command goes on'
+                )
+        content = json.loads(labels.read_text())
+        print(
+            f'{name}: {len(content["annotations"])} masks in {len(content["images"])} images',
+            flush=True,
+        )
+        return labels
+
+    def run(self, iterations: int) -> None:
+        """All stages, the scores of each iteration, and the report."""
+        pretrained = self.pretrain()
+        labels = self.labels(
+            'labels-0', 'freesolo/tiny/free-mask_tiny_demo', pretrained, self.train_source
+        )
+        results, metrics = {}, {}
+        if self.labelled:
+            coarse = self.labels(
+                'coarse-val', 'freesolo/tiny/free-mask_tiny_demo', pretrained, self.val_source
+            )
+            results['coarse masks'] = json.loads(coarse.read_text())['annotations']
+            metrics['coarse masks'] = evaluate_json(self.truth, results['coarse masks'])
+        for i in range(iterations):
+            network = {'model.mask_head.embed_dims': 128}
+            stage = self.trained(
+                f'iteration-{i}',
+                'freesolo/tiny/freesolo_tiny_demo',
+                {
+                    **network,
+                    'train_dataloader.dataset.dataset.ann_file': str(labels),
+                    'train_dataloader.dataset.dataset.data_prefix.img': f'{self.data}/',
+                    'model.backbone.init_cfg': dict(
+                        type='Pretrained', checkpoint=str(pretrained), prefix='backbone.'
+                    ),
+                },
+                self.iters,
+            )
+            if self.labelled:
+                prefix = stage.work_dir / 'val'
+                scores = evaluate(
+                    stage, self.data, self.device, {'test_evaluator.outfile_prefix': prefix}
+                )
+                name = f'iteration {i}'
+                metrics[name] = {
+                    key.removeprefix('open_world/'): value for key, value in scores.items()
+                }
+                results[name] = Path(f'{prefix}.segm.json')
+                print(f'{name}: {self.line(metrics[name])}', flush=True)
+            if i + 1 < iterations:
+                labels = self.labels(
+                    f'labels-{i + 1}',
+                    'freesolo/tiny/freesolo-pseudo-labels_tiny_demo',
+                    stage.checkpoint,
+                    self.train_source,
+                    network,
+                )
+        print(f'\nthe segmenter: {stage.config} {stage.checkpoint}')
+        if self.labelled:
+            self.report(results, metrics)
+
+    def pretrain(self) -> Path:
+        """Features by DenseCL."""
+        changes = {}
+        if not self.labelled:
+            cfg = Config.fromfile(CONFIGS / 'densecl/tiny/densecl_tiny_demo.py')
+            changes['train_dataloader.dataset'] = dict(
+                _delete_=True,
+                type='ImageFolderDataset',
+                data_root=f'{self.data}/',
+                pipeline=cfg.train_pipeline,
+            )
+        stage = self.trained('pretrain', 'densecl/tiny/densecl_tiny_demo', changes, self.iters)
+        return stage.checkpoint
+
+    @property
+    def truth(self) -> Path:
+        return self.data / 'instances_val.json'
+
+    @staticmethod
+    def line(scores: Mapping[str, float]) -> str:
+        return ', '.join(f'{key} {scores[key]:.3f}' for key in METRICS)
+
+    def report(self, results: dict, metrics: dict) -> None:
+        with atomic_write(self.out / 'metrics.json') as file:
+            json.dump(metrics, file, indent=1)
+        newest_first = dict(reversed(results.items()))
+        page = write_report(
+            self.truth,
+            self.data / 'images',
+            newest_first,
+            self.out / 'report.html',
+            metrics,
+            title='Segmented without labels',
+        )
+        for name, scores in metrics.items():
+            print(f'{name:>14}: {self.line(scores)}')
+        print(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--data', type=Path, help='a folder of photographs')
+    parser.add_argument('--out', type=Path, help='default: work_dirs/freesolo[-NAME OF THE DATA]')
+    parser.add_argument('--iters', type=int, default=300, help='of every training')
+    parser.add_argument('--iterations', type=int, default=2, help='trainings of the segmenter')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default=get_device())
+    parser.add_argument('--fresh', action='store_true', help='forget what was done before')
+    args = parser.parse_args()
+    Recipe(args).run(args.iterations)
+
+
+if __name__ == '__main__':
+    main()
