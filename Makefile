@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHONWARNINGS ?= ignore:pkg_resources is deprecated:UserWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-onedl lint format bench doctor
+.PHONY: help env demo freesolo test test-slow test-onedl lint format bench doctor
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ env:  ## make the environment (.venv): PyTorch, mmcv with its compiled operators
 
 demo: env  ## train, run and score both stages on a small made-up data set, or DATA=<folder> of yours
 	@python projects/uvo/demo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+freesolo: env  ## learn to segment without labels, from made-up scenes or from DATA=<folder of photographs>
+	@python projects/freesolo/freesolo.py $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: env  ## the tests that need neither minutes nor a GPU; ARGS goes to pytest
 	@python -m pytest $(FAST) $(ARGS)

@@ -113,6 +113,11 @@ class Recipe:
                     + f'{name} stopped early (end of {log.name} above); the same command goes on'
                 )
         content = json.loads(labels.read_text())
+        if not content['annotations']:
+            raise SystemExit(
+                f'{name}: nothing was found certain enough in {len(content["images"])} images: '
+                'train longer, --iters'
+            )
         print(
             f'{name}: {len(content["annotations"])} masks in {len(content["images"])} images',
             flush=True,
@@ -142,7 +147,10 @@ class Recipe:
                     'train_dataloader.dataset.dataset.ann_file': str(labels),
                     'train_dataloader.dataset.dataset.data_prefix.img': f'{self.data}/',
                     'model.backbone.init_cfg': dict(
-                        type='Pretrained', checkpoint=str(pretrained), prefix='backbone.'
+                        _delete_=True,
+                        type='Pretrained',
+                        checkpoint=str(pretrained),
+                        prefix='backbone.',
                     ),
                 },
                 self.iters,
