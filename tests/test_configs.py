@@ -221,7 +221,7 @@ def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch, stepped):
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
         if segmenter:
             batch = segmentation_batch()
-        elif 'TwoViews' in str(cfg.train_dataloader.dataset.pipeline):
+        elif 'TwoViews' in str(cfg.train_dataloader):
             batch = two_view_batch()
         else:
             batch = detection_batch(cfg.model.get('mask_head', {}).get('embed_dims'))
@@ -242,7 +242,7 @@ def test_every_named_type_is_registered(name):
     init_default_scope(cfg.default_scope)
     hooks = [*cfg.default_hooks.values(), *cfg.get('custom_hooks', [])]
     wanted = [(HOOKS, hook) for hook in hooks]
-    wanted += [(LOOPS, cfg[loop]) for loop in ('train_cfg', 'test_cfg') if loop in cfg]
+    wanted += [(LOOPS, cfg[loop]) for loop in ('train_cfg', 'test_cfg') if cfg.get(loop)]
     for split in ('train', 'val', 'test'):
         if not cfg.get(f'{split}_dataloader'):
             continue

@@ -54,6 +54,6 @@ def test_stated_batch_sizes_are_those_of_the_configs(repo):
         for model in load(path)['Models']:
             cfg = Config.fromfile(repo / model['Config'], import_custom_modules=False)
             name = model['Name']
-            batch = cfg.train_dataloader.batch_size
+            batch = (cfg.get('train_dataloader') or cfg.test_dataloader).batch_size
             if 'xb' in name:
-                assert f'xb{batch}-' in name, f'{name} trains {batch} images a GPU'
+                assert f'xb{batch}-' in name, f'{name} takes {batch} images a GPU'

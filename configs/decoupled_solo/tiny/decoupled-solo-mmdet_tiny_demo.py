@@ -1,6 +1,6 @@
 """mmdet's Decoupled SOLO, peer of ``decoupled-solo_tiny_demo.py``: same network, trained alike."""
 
-_base_ = './decoupled-solo_tiny_demo.py'
+_base_ = '../../solo/tiny/solo_tiny_demo.py'
 
 model = dict(
     mask_head=dict(
