@@ -1,0 +1,48 @@
+"""What strings the stages of a recipe together."""
+
+import json
+
+import pytest
+from mmengine.config import Config
+
+from mmdet_plugins.common.stages import config_digest, data_options, keep_settings, prepare_data
+
+
+def test_only_what_a_config_reads_is_redirected(tmp_path):
+    dataset = dict(data_root='old/', ann_file='a.json')
+    cfg = Config(
+        dict(
+            train_dataloader=dict(dataset=dict(dataset=dict(dataset))),  # a wrapped set
+            val_dataloader=dict(dataset=dict(dataset)),
+            test_dataloader=None,
+            val_evaluator=dict(type='OpenWorldMetric', ann_file='old/instances_val.json'),
+            test_evaluator=dict(type='StoreMetric'),
+        )
+    )
+    assert data_options(cfg, tmp_path) == {
+        'val_dataloader.dataset.data_root': f'{tmp_path}/',
+        'val_evaluator.ann_file': f'{tmp_path}/instances_val.json',
+    }
+
+
+def test_a_folder_keeps_its_settings(tmp_path):
+    keep_settings(tmp_path, {'config': 'a', 'length': 3})
+    keep_settings(tmp_path, {'length': 3})
+    with pytest.raises(SystemExit, match='made with another length'):
+        keep_settings(tmp_path, {'config': 'a', 'length': 4})
+    assert json.loads((tmp_path / 'settings.json').read_text()) == {'config': 'a', 'length': 3}
+
+
+def test_a_digest_is_of_what_a_config_says(tmp_path):
+    for name, text in dict(
+        one='a = dict(b=1, c=2)', base='a = dict(b=1)', two="_base_ = 'base.py'\na = dict(c=2)"
+    ).items():
+        (tmp_path / f'{name}.py').write_text(text)
+    one, base, two = (config_digest(tmp_path / f'{n}.py') for n in ('one', 'base', 'two'))
+    assert one == two != base
+
+
+def test_a_missing_part_of_the_data_is_named(tmp_path):
+    (tmp_path / 'images').mkdir()
+    with pytest.raises(SystemExit, match='instances_train.json is missing'):
+        prepare_data(tmp_path, synthetic=False)
