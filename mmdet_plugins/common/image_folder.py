@@ -10,7 +10,9 @@ from mmdet.registry import DATASETS
 from mmengine.fileio import exists, get, join_path, list_dir_or_file
 from mmengine.logging import print_log
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+from .pseudo_store import SUFFIXES
+
+EXTENSIONS = tuple(sorted(SUFFIXES))
 
 
 @DATASETS.register_module()
@@ -44,7 +46,9 @@ class ImageFolderDataset(BaseDetDataset):
         listed = list_dir_or_file(
             folder, list_dir=False, recursive=True, backend_args=self.backend_args
         )
-        names = sorted(name for name in listed if name.lower().endswith(EXTENSIONS))
+        names = sorted(
+            name for name in listed if name.lower().endswith(EXTENSIONS) and '/.' not in f'/{name}'
+        )
         if not names:
             raise ValueError(
                 f'{folder} holds no image: none of its files ends in {", ".join(EXTENSIONS)}.'

@@ -114,7 +114,10 @@ def read_image_list(source: str | os.PathLike, backend_args: dict | None = None)
 
 
 def find_copies(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Pairs of a file and an earlier one of the same size and the same last 64 KiB."""
+    """Pairs of a file and an earlier one of the same size and the same last 64 KiB.
+
+    What cannot be opened is no copy.
+    """
     by_size = defaultdict(list)
     for path in dict.fromkeys(paths):
         by_size[path.stat().st_size].append(path)
@@ -122,9 +125,12 @@ def find_copies(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     for size, members in by_size.items():
         first: dict[bytes, Path] = {}
         for path in members if len(members) > 1 else ():
-            with open(path, 'rb') as file:
-                file.seek(max(0, size - (64 << 10)))
-                original = first.setdefault(hashlib.sha256(file.read()).digest(), path)
+            try:
+                with open(path, 'rb') as file:
+                    file.seek(max(0, size - (64 << 10)))
+                    original = first.setdefault(hashlib.sha256(file.read()).digest(), path)
+            except OSError:
+                continue
             if original is not path:
                 copies.append((path, original))
     return copies
@@ -135,9 +141,10 @@ def _entry(number: int, path: Path, folder: str | os.PathLike) -> dict:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # the orientations that swap the sides
+            # The orientations that swap the sides; Pillow has turned a TIFF already.
+            if image.format != 'TIFF' and image.getexif().get(0x0112) in (5, 6, 7, 8):
                 width, height = height, width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises all kinds of them over a broken header
         what = 'not an image' if isinstance(error, UnidentifiedImageError) else error
         return entry | dict(unreadable=f'its header cannot be read: {what}'.replace(str(path), ''))
     return entry | dict(height=height, width=width)
@@ -368,8 +375,13 @@ class PseudoStore:
             with atomic_write(path) as file:
                 json.dump(self._manifest, file)
             return
+        for leftover in self.folder.glob('.*.tmp'):  # of a run that was killed as it finished
+            leftover.unlink()
         try:
             self._check(read_json(path))
+        except ValueError as error:
+            self.close()
+            raise StoreError(f'{error} Or choose another folder for the labels.') from None
         except StoreError:
             self.close()
             raise
@@ -390,14 +402,16 @@ class PseudoStore:
             )
         keys = ('id', 'file_name', 'height', 'width')
         before, now = (
-            {tuple(image[key] for key in keys) for image in images}
+            [tuple(image[key] for key in keys) for image in images]
             for images in (old['images'], self.images)
         )
         if before != now:
+            new, gone = len({*now} - {*before}), len({*before} - {*now})
+            what = f'{new} are new, {gone} are gone or of another size'
             raise StoreError(
-                f'{self.folder}: its images have changed since it was begun ({len(now - before)} '
-                f'are new, {len(before - now)} are gone or of another size): bring them back, or '
-                'choose another folder for the labels.'
+                f'{self.folder}: its images have changed since it was begun '
+                f'({what if new or gone else "their order"}): bring them back, or choose another '
+                'folder for the labels.'
             )
         for name, digest in old.get('files', {}).items():
             path = self.folder / name
@@ -492,7 +506,10 @@ class _Shards:
 
     def read(self, path: Path, start: int, stop: int) -> bytes:
         if path not in self._open:
-            self._open[path] = open(path, 'rb')
+            try:
+                self._open[path] = open(path, 'rb')
+            except FileNotFoundError:
+                raise StoreError(_damaged(path, path.with_suffix('.jsonl'))) from None
         file = self._open[path]
         file.seek(start)
         return file.read(stop - start)

@@ -188,9 +188,10 @@ def keep_settings(out: Path, settings: dict) -> None:
             json.dump(settings, file, indent=1)
 
 
-def config_digest(path: str | Path) -> str:
+def config_digest(config: str | Path | Config) -> str:
     """SHA-256 of what a config says once its bases are merged in."""
-    content = Config.fromfile(path).to_dict()
+    config = config if isinstance(config, Config) else Config.fromfile(config)
+    content = config.to_dict()
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -147,7 +147,7 @@ class FreeSOLOHead(SOLODynamicHead):
         if wanted.shape[1] != self.embed_dims:
             raise ValueError(
                 f'the pseudo-labels have embeddings of {wanted.shape[1]} numbers: set '
-                f'model.mask_head.embed_dims={wanted.shape[1]} (it is {self.embed_dims})'
+                f'model.mask_head.embed_dims={wanted.shape[1] or None} (it is {self.embed_dims})'
             )
         cosine = F.cosine_similarity(found, wanted[positives.object_idx], dim=1)
         return (

@@ -21,7 +21,6 @@ from torch.utils.data import Sampler
 from ..common.pseudo_store import (
     PseudoLabels,
     PseudoStore,
-    StoreError,
     find_copies,
     read_image_list,
 )
@@ -230,7 +229,7 @@ def on_first_rank(call: Callable) -> Any:
     if is_main_process():
         try:
             outcome[0] = call()
-        except (StoreError, OSError) as error:
+        except Exception as error:  # the other ranks must not wait for ever
             outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -94,10 +94,11 @@ class FreeSOLOCopyPaste(BaseTransform):
                 ]
             )
             areas = np.count_nonzero(masks, (1, 2))
+            seen, areas = masks[areas > 0], areas[areas > 0]
             kept = [
                 i
                 for i, mask in enumerate(pasted)
-                if (np.count_nonzero(masks & mask, (1, 2)) < self.max_hidden * areas).all()
+                if (np.count_nonzero(seen & mask, (1, 2)) < self.max_hidden * areas).all()
                 and mask.any()
             ]
         if not kept:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
 from mmdet_plugins.common.files import atomic_write
@@ -36,7 +36,16 @@ from mmdet_plugins.common.stages import (
 from mmdet_plugins.ops.open_world import evaluate_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+SIZE = dict(scale=(256, 192), keep_ratio=True)
 METRICS = ('segm_AP', 'segm_AP50', 'segm_AR@10', 'segm_AR@100', 'bbox_AR@100')
+
+
+def bound_size(dataset: ConfigDict) -> None:
+    """Let a toy network see photographs of any size at one that it can afford."""
+    dataset = dataset.get('dataset', dataset)  # a wrapped set loads by itself
+    steps = [step for step in dataset.pipeline if step['type'] != 'Resize']
+    place = 1 + max(i for i, step in enumerate(steps) if 'Load' in step['type'])
+    dataset.pipeline = [*steps[:place], dict(type='Resize', **SIZE), *steps[place:]]
 
 
 class Recipe:
@@ -58,6 +67,8 @@ class Recipe:
         if self.labelled:
             prepare_data(self.data, synthetic=args.data is None)
         self.out = self.out.resolve()
+        self.bounded = args.data is not None
+        keep_settings(self.out, {'length of training': self.iters})
         self.train_source, self.val_source = (
             dict(ann_file=f'instances_{split}.json', img='images/')
             if self.labelled
@@ -69,10 +80,16 @@ class Recipe:
         """Write a shipped config with changes."""
         cfg = Config.fromfile(CONFIGS / f'{base}.py')
         cfg.merge_from_dict(dict(changes))
+        if base.startswith('freesolo/tiny/freesolo'):
+            if self.bounded:
+                for part in ('train', 'val', 'test'):
+                    bound_size(cfg[f'{part}_dataloader'].dataset)
+            if not self.labelled:
+                cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+        keep_settings(self.out / name, {'config': config_digest(cfg)})
         path = self.out / f'{name}.py'
         with atomic_write(path) as file:
             file.write(cfg.pretty_text)
-        keep_settings(self.out / name, {'config': config_digest(path)})
         return path
 
     def trained(self, name: str, base: str, changes: Mapping[str, Any], iters: int) -> Stage:
@@ -116,7 +133,7 @@ class Recipe:
         if not content['annotations']:
             raise SystemExit(
                 f'{name}: nothing was found certain enough in {len(content["images"])} images: '
-                'train longer, --iters'
+                'start again with longer trainings, --fresh --iters N'
             )
         print(
             f'{name}: {len(content["annotations"])} masks in {len(content["images"])} images',

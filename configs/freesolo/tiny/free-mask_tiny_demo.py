@@ -27,7 +27,7 @@ test_dataloader = dict(
         sources=[dict(ann_file='instances_train.json', img='images/')],
         pipeline=[
             dict(type='FreeSOLOLoadImage'),
-            dict(type='Resize', scale_factor=2.0, keep_ratio=True),
+            dict(type='Resize', scale=(448, 320), keep_ratio=True),
             dict(
                 type='PackDetInputs',
                 meta_keys=(

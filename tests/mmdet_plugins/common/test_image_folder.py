@@ -15,6 +15,8 @@ def folder(tmp_path):
         (tmp_path / name).write_bytes(content.tobytes())
     (tmp_path / 'notes.txt').write_text('not an image')
     (tmp_path / '.hidden.png').write_bytes(b'')
+    (tmp_path / '.thumbs').mkdir()
+    (tmp_path / '.thumbs' / 'a.png').write_bytes(b'')
     return tmp_path
 
 

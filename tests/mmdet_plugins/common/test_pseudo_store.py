@@ -188,6 +188,8 @@ def test_configurations_do_not_mix(tmp_path, finished):
     fewer = [*IMAGES[:-2], IMAGES[-1] | dict(height=9)]
     with pytest.raises(StoreError, match=r'images have changed .*\(1 are new, 2 are gone or of'):
         fill(tmp_path, images=fewer)
+    with pytest.raises(StoreError, match=r'images have changed .*\(their order\)'):
+        fill(tmp_path, images=[*IMAGES[2:], *IMAGES[:2]])
     fill(tmp_path)  # a refusal leaves neither locks nor traces
     assert content(tmp_path) == finished
 
@@ -229,6 +231,17 @@ def test_damaged_shard(suffix, tmp_path, finished):
     assert content(tmp_path) == finished
 
 
+def test_embeddings_that_are_gone(tmp_path, finished):
+    fill(tmp_path, stop=2)
+    (shard,) = (tmp_path / 'shards').glob('*.f16')
+    shard.unlink()
+    with pytest.raises(StoreError, match=rf'{shard.name} was damaged or edited. Delete'):
+        fill(tmp_path)
+    shard.with_suffix('.jsonl').unlink()
+    fill(tmp_path)
+    assert content(tmp_path) == finished
+
+
 def test_labels_edited_by_hand(tmp_path, finished):
     fill(tmp_path)
     path = tmp_path / LABELS
@@ -262,6 +275,19 @@ def test_full_disk(tmp_path, monkeypatch, finished):
     assert content(tmp_path) == finished
 
 
+def test_manifest_broken_and_leftovers_removed(tmp_path):
+    fill(tmp_path, stop=1)
+    whole = (tmp_path / 'manifest.json').read_bytes()
+    (tmp_path / 'manifest.json').write_bytes(whole[:-9])
+    (tmp_path / f'.{LABELS}.abc.tmp').write_text('cut off by a kill')
+    for _ in range(2):  # the lock is given back
+        with pytest.raises(StoreError, match='not valid JSON .* choose another folder'):
+            fill(tmp_path)
+    (tmp_path / 'manifest.json').write_bytes(whole)
+    fill(tmp_path)
+    assert not list(tmp_path.glob('.*'))
+
+
 def test_manifest_missing(tmp_path):
     fill(tmp_path, stop=1)
     (tmp_path / 'manifest.json').unlink()
@@ -282,15 +308,19 @@ def test_folder_of_images(tmp_path):
         ('.hidden.png', (2, 2)),
         ('10.JPG', (9, 5)),
         ('a.jpg', (6, 3)),
+        ('c.tif', (6, 3)),
+        ('d.jpg', (6, 3)),
     ):
         exif = Image.Exif()
-        if name == 'a.jpg':
+        if name in ('a.jpg', 'c.tif'):
             exif[0x0112] = 6  # a quarter turn
-        kind = 'png' if name.endswith('png') else 'jpeg'
+        elif name == 'd.jpg':
+            exif[0x0112] = 'top'
+        kind = dict(png='png', tif='tiff').get(name[-3:], 'jpeg')
         Image.new('RGB', size).save(tmp_path / name, kind, exif=exif)
     (tmp_path / 'notes.txt').write_text('no image')
     (tmp_path / 'broken.png').write_bytes(b'not a png')
-    names = ['10.JPG', 'a.jpg', 'b/2.png', 'broken.png']
+    names = ['10.JPG', 'a.jpg', 'b/2.png', 'broken.png', 'c.tif', 'd.jpg']
     assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == names
     entries = read_image_list(tmp_path)
     assert [(e['id'], e['file_name'], e['height'], e['width']) for e in entries] == [
@@ -298,6 +328,8 @@ def test_folder_of_images(tmp_path):
         (2, 'a.jpg', 6, 3),
         (3, 'b/2.png', 7, 4),
         (4, 'broken.png', 0, 0),
+        (5, 'c.tif', 6, 3),
+        (6, 'd.jpg', 3, 6),
     ]
     assert entries[3]['unreadable'] == 'its header cannot be read: not an image'
     store = tmp_path / 'store'
