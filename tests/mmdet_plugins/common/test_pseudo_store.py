@@ -315,7 +315,7 @@ def test_folder_of_images(tmp_path):
         if name in ('a.jpg', 'c.tif'):
             exif[0x0112] = 6  # a quarter turn
         elif name == 'd.jpg':
-            exif[0x0112] = 'top'
+            exif[0x0112] = 9  # there is none such
         kind = dict(png='png', tif='tiff').get(name[-3:], 'jpeg')
         Image.new('RGB', size).save(tmp_path / name, kind, exif=exif)
     (tmp_path / 'notes.txt').write_text('no image')
