@@ -60,7 +60,7 @@ def test_empty_and_missing_folders(folder, tmp_path):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty' / 'notes.txt').write_text('')
     with pytest.raises(
-        ValueError, match=r'empty.* holds no image: none of its files ends in \.jpg'
+        ValueError, match=r'empty.* holds no image: none of its files ends in \.bmp'
     ):
         build(folder, data_prefix=dict(img='empty/'))
     with pytest.raises(FileNotFoundError, match='absent.* does not exist: set data_root'):
