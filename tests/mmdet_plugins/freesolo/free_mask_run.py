@@ -23,6 +23,7 @@ def config(images: str, store: str, weights: str | None, **options) -> Config:
     cfg.test_dataloader.batch_size = 3
     cfg.test_dataloader.dataset.data_root = str(images)
     cfg.test_dataloader.dataset.sources = [dict(img='')]
+    cfg.test_dataloader.dataset.pipeline[1] = dict(type='Resize', scale_factor=2.0, keep_ratio=True)
     cfg.custom_hooks = [dict(type='FreeSOLOStoreHook', folder=str(store))]
     cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
     if 'RANK' in os.environ:
