@@ -188,6 +188,12 @@ def keep_settings(out: Path, settings: dict) -> None:
             json.dump(settings, file, indent=1)
 
 
+def commit() -> str:
+    """Short hash of what is checked out; empty outside a repository."""
+    command = ['git', 'rev-parse', '--short', 'HEAD']
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.strip()
+
+
 def config_digest(config: str | Path | Config) -> str:
     """SHA-256 of what a config says once its bases are merged in."""
     config = config if isinstance(config, Config) else Config.fromfile(config)

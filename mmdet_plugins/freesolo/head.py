@@ -18,7 +18,7 @@ from ..common.finite import require_finite
 from ..common.location_head import PositiveMasks, SOLODynamicHead
 from ..common.ranks import mean_over_ranks
 from ..ops.dice import wide
-from ..ops.grid_targets import GridTargets
+from ..ops.grid_targets import GridTargets, image_of_objects
 from .losses import FreeSOLOWeakMaskLoss
 
 
@@ -112,8 +112,7 @@ class FreeSOLOHead(SOLODynamicHead):
         """
         targets = self.get_targets(outputs, batch_gt_instances)
         (masks,) = self.positive_masks(outputs, targets)
-        image_idx = torch.repeat_interleave(torch.tensor(targets.num_objects))
-        image_idx = image_idx.to(masks.object_idx.device)
+        image_idx = image_of_objects(targets.num_objects, masks.object_idx.device)
         owned = targets.owner >= 0
         if has_masks is not None and not all(has_masks):
             usable = torch.tensor(has_masks, device=image_idx.device)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..common.location_head import PositiveMasks
 from ..common.ranks import mean_over_ranks
-from ..ops.affinity import mask_boxes, pairwise_affinity_loss
+from ..ops.affinity import pairwise_affinity_loss
+from ..ops.instance_masks import mask_boxes
 from ..ops.projection import projection_losses
 
 
@@ -57,7 +58,7 @@ class FreeSOLOWeakMaskLoss(nn.Module):
         (logits,) = masks.factors
         projections = projection_losses(logits, masks.targets, masks.object_idx)
         pairwise, pairs = pairwise_affinity_loss(
-            logits, affinity, mask_boxes(masks.targets), image_idx, masks.object_idx
+            logits, affinity, mask_boxes(masks.targets).long(), image_idx, masks.object_idx
         )
         if self.training:
             self.steps += 1

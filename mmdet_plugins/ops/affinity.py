@@ -97,21 +97,6 @@ def color_affinity(
     return affinity
 
 
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Boxes of bool masks ``[G, h, w]``: int64 ``[G, 4]``, x1 y1 x2 y2, the ends exclusive.
-
-    Zeros for an empty mask.
-    """
-    ends = []
-    for line in (masks.any(1), masks.any(2)):
-        place = torch.arange(1, line.shape[1] + 1, device=masks.device)
-        last = (line * place).amax(1)
-        first = line.shape[1] - (line * place.flip(0)).amax(1)
-        ends.append((torch.minimum(first, last), last))
-    (x1, x2), (y1, y2) = ends
-    return torch.stack([x1, y1, x2, y2], 1)
-
-
 def pairwise_affinity_loss(
     logits: Tensor,
     affinity: Tensor,

@@ -157,8 +157,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """A few masks at a time."""
+def mask_chunks(logits: Tensor) -> Iterator[slice]:
+    """Which of the masks ``[Q, h, w]`` to take at a time: a few."""
     num, height, width = logits.shape
     budget = _CHUNK_DEVICE if logits.is_cuda else _CHUNK_CPU
     step = max(1, budget // max(1, height * width))
@@ -183,7 +183,7 @@ class _Dice(torch.autograd.Function):
     def forward(ctx, targets: Tensor, target_idx: Tensor, eps: float, *factors: Tensor) -> Tensor:
         overlap = factors[0].new_empty(len(target_idx), dtype=wide(factors[0].dtype))
         total = torch.empty_like(overlap)
-        for rows in _chunks(factors[0]):
+        for rows in mask_chunks(factors[0]):
             p = _product([x.sigmoid() for x in _rows(factors, rows)])
             t = _target_rows(targets, target_idx, rows).to(p.dtype)
             total[rows] = torch.linalg.vector_norm(p, dim=1).square() + t.sum(1) + 2 * eps
@@ -199,7 +199,7 @@ class _Dice(torch.autograd.Function):
         inside = (-2 * grad / total)[:, None]
         everywhere = (4 * grad * overlap / total.square())[:, None]
         grads = [_empty(factor) for factor in factors]
-        for rows in _chunks(factors[0]):
+        for rows in mask_chunks(factors[0]):
             parts = [x.sigmoid() for x in _rows(factors, rows)]
             slope = _product(parts) * everywhere[rows]
             t = _target_rows(targets, target_idx, rows).to(slope.dtype)
@@ -225,7 +225,7 @@ class _Focal(torch.autograd.Function):
     ) -> Tensor:
         losses = logits.new_empty(len(target_idx), dtype=wide(logits.dtype))
         ctx.parameters = positive, negative, gamma
-        for rows in _chunks(logits):
+        for rows in mask_chunks(logits):
             target = _target_rows(targets, target_idx, rows).bool()
             wrong, _, weight = _focal_terms(*_rows([logits], rows), target, *ctx.parameters)
             losses[rows] = (weight * F.softplus(wrong)).mean(1)
@@ -239,7 +239,7 @@ class _Focal(torch.autograd.Function):
         gamma = ctx.parameters[-1]
         scale = (grad / math.prod(logits.shape[1:]))[:, None]
         out = _empty(logits)
-        for rows in _chunks(logits):
+        for rows in mask_chunks(logits):
             target = _target_rows(targets, target_idx, rows).bool()
             wrong, q, weight = _focal_terms(*_rows([logits], rows), target, *ctx.parameters)
             slope = weight * (q + gamma * (1 - q) * F.softplus(wrong)) * scale[rows]

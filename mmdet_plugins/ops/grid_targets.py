@@ -79,7 +79,7 @@ class GridTargets(NamedTuple):
         counts = [int(count.sum()) for count in counts]
         slot = claims.flatten().nonzero_static(size=sum(counts))[:, 0]
         object_idx = slot // math.prod(claims.shape[1:])
-        image_idx = _image_idx(self.num_objects, slot.device)[object_idx]
+        image_idx = image_of_objects(self.num_objects, slot.device)[object_idx]
         return Positives(image_idx, self.cells.flatten()[slot], object_idx), counts
 
     def by_level(self) -> tuple[Positives, list[int]]:
@@ -243,7 +243,7 @@ def _centre_of_mass(moments: Tensor) -> Tensor:
     return moments[:, 1:] / moments[:, :1]
 
 
-def _image_idx(num_objects: Sequence[int], device: torch.device) -> Tensor:
+def image_of_objects(num_objects: Sequence[int], device: torch.device) -> Tensor:
     """The image of each object, ``[G]``."""
     return torch.repeat_interleave(torch.tensor(num_objects)).to(device, non_blocking=True)
 
@@ -251,7 +251,7 @@ def _image_idx(num_objects: Sequence[int], device: torch.device) -> Tensor:
 def _last_claim(cells: Tensor, num_objects: Sequence[int], num_cells: int) -> Tensor:
     """The last object that claims each cell, or -1: ``[N, P]``."""
     size = len(num_objects) * num_cells
-    offset = _image_idx(num_objects, cells.device)[:, None, None] * num_cells
+    offset = image_of_objects(num_objects, cells.device)[:, None, None] * num_cells
     place = (cells + offset).where(cells >= 0, size).flatten()
     index = torch.arange(len(cells), device=cells.device)[:, None, None].expand_as(cells).flatten()
     owner = index.new_full((size + 1,), -1).scatter_reduce_(0, place, index, 'amax')

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dice import wide
-
-_CHUNK_CPU = 1 << 18  # pixels at a time: what stays in the caches
-_CHUNK_DEVICE = 1 << 25
+from .dice import mask_chunks, wide
 
 
 class ProjectionLosses(NamedTuple):
@@ -78,7 +75,7 @@ class _Project(torch.autograd.Function):
         new = dict(dtype=wide(logits.dtype), device=logits.device)
         averages = torch.empty(num, width, **new), torch.empty(num, height, **new)
         (columns, column_idx), (rows, row_idx) = logits.max(1), logits.max(2)
-        for part in _chunks(logits):
+        for part in mask_chunks(logits):
             probs = logits[part].to(new['dtype']).sigmoid()
             for axis, average in enumerate(averages, 1):
                 average[part] = probs.mean(axis)
@@ -93,7 +90,7 @@ class _Project(torch.autograd.Function):
         _, height, width = logits.shape
         by_column, by_row = grads[2] / height, grads[3] / width
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for part in _chunks(logits):
+        for part in mask_chunks(logits):
             probs = logits[part].to(columns.dtype).sigmoid()
             slope = probs.mul_(1 - probs).mul_(by_column[part, None] + by_row[part, :, None])
             for axis, grad, line, index in (
@@ -104,10 +101,3 @@ class _Project(torch.autograd.Function):
                 slope.scatter_add_(axis, index[part].unsqueeze(axis), source)
             out[part] = slope.to(out.dtype)
         return out
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    num, height, width = logits.shape
-    budget = _CHUNK_DEVICE if logits.is_cuda else _CHUNK_CPU
-    step = max(1, budget // max(1, height * width))
-    return [slice(start, start + step) for start in range(0, num, step)]

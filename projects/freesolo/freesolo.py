@@ -92,15 +92,13 @@ class Recipe:
             file.write(cfg.pretty_text)
         return path
 
-    def trained(self, name: str, base: str, changes: Mapping[str, Any], iters: int) -> Stage:
+    def trained(self, name: str, base: str, changes: Mapping[str, Any]) -> Stage:
         """Train through ``mim train``, unless that is done."""
-        stage = Stage(name, 'mmdet', self.config(name, base, changes), iters, self.out / name)
+        stage = Stage(name, 'mmdet', self.config(name, base, changes), self.iters, self.out / name)
         train([stage], self.data, self.device)
         return stage
 
-    def labels(
-        self, name: str, base: str, checkpoint: Path, source: dict, changes: Mapping[str, Any] = {}
-    ) -> Path:
+    def labels(self, name: str, base: str, checkpoint: Path, source: dict) -> Path:
         """Fill a store of pseudo-labels through ``mim test``, unless it is full."""
         folder = self.out / name / 'store'
         labels = folder / 'pseudo_labels.json'
@@ -108,7 +106,6 @@ class Recipe:
             name,
             base,
             {
-                **changes,
                 'test_dataloader.dataset.data_root': f'{self.data}/',
                 'test_dataloader.dataset.sources': [source],
                 'custom_hooks.0.folder': str(folder),
@@ -155,12 +152,10 @@ class Recipe:
             results['coarse masks'] = json.loads(coarse.read_text())['annotations']
             metrics['coarse masks'] = evaluate_json(self.truth, results['coarse masks'])
         for i in range(iterations):
-            network = {'model.mask_head.embed_dims': 128}
             stage = self.trained(
                 f'iteration-{i}',
                 'freesolo/tiny/freesolo_tiny_demo',
                 {
-                    **network,
                     'train_dataloader.dataset.dataset.ann_file': str(labels),
                     'train_dataloader.dataset.dataset.data_prefix.img': f'{self.data}/',
                     'model.backbone.init_cfg': dict(
@@ -170,7 +165,6 @@ class Recipe:
                         prefix='backbone.',
                     ),
                 },
-                self.iters,
             )
             if self.labelled:
                 prefix = stage.work_dir / 'val'
@@ -189,7 +183,6 @@ class Recipe:
                     'freesolo/tiny/freesolo-pseudo-labels_tiny_demo',
                     stage.checkpoint,
                     self.train_source,
-                    network,
                 )
         print(f'\nthe segmenter: {stage.config} {stage.checkpoint}')
         if self.labelled:
@@ -206,7 +199,7 @@ class Recipe:
                 data_root=f'{self.data}/',
                 pipeline=cfg.train_pipeline,
             )
-        stage = self.trained('pretrain', 'densecl/tiny/densecl_tiny_demo', changes, self.iters)
+        stage = self.trained('pretrain', 'densecl/tiny/densecl_tiny_demo', changes)
         return stage.checkpoint
 
     @property

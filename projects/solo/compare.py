@@ -11,7 +11,6 @@ whatever the machine does besides. The scores go to ``results/``, from where
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,6 +20,7 @@ from mmengine.device import get_device
 from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.stages import (
     Stage,
+    commit,
     config_digest,
     evaluate,
     keep_settings,
@@ -89,9 +89,6 @@ def main() -> None:
                 scores = evaluate(stage, data, args.device)
                 runs.setdefault((method, side), []).append((stage, scores))
                 print(f'{stage.name}: mask AP {scores["open_world/segm_AP"]:.3f}', flush=True)
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], cwd=REPO, capture_output=True, text=True
-    ).stdout.strip()
     table = []
     for (method, side), trained in runs.items():
         stages, scores = zip(*trained, strict=True)
@@ -106,7 +103,7 @@ def main() -> None:
                 'training, s': spread([seconds(stage) for stage in stages], 0),
                 'iterations': stages[0].iters,
                 'seeds': len(stages),
-                'commit': commit,
+                'commit': commit(),
             }
         )
     target = args.json or REPO / f'results/solo_learning{suffix}.json'

@@ -10,7 +10,6 @@ the demo's synthetic set, one seed. The scores go to ``results/uvo_ladder_tiny.j
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 
 from mmengine.config import Config
@@ -19,6 +18,7 @@ from mmengine.device import get_device
 from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.stages import (
     Stage,
+    commit,
     config_digest,
     data_options,
     evaluate,
@@ -108,15 +108,12 @@ def main() -> None:
     keep_settings(args.out, settings | {'length': args.iters})
     for i in range(0, len(stages), args.jobs):
         train(stages[i : i + args.jobs], data, args.device)
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], cwd=REPO, capture_output=True, text=True
-    ).stdout.strip()
     scores = {stage: evaluate(stage, data, args.device) for stage in stages}
     table = [
         {'row': stage.name}
         | {f'AR@{k}': 100 * scores[stage][f'open_world/bbox_AR@{k}'] for k in BUDGETS}
         | {f'paper {k}': value for k, value in zip(BUDGETS, PAPER[stage.name], strict=True)}
-        | {'iterations': args.iters, 'seed': args.seed, 'commit': commit}
+        | {'iterations': args.iters, 'seed': args.seed, 'commit': commit()}
         for stage in stages
     ]
     with atomic_write(args.json) as file:

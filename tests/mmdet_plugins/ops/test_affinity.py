@@ -13,10 +13,10 @@ from mmdet.models.utils.misc import unfold_wo_center
 
 from mmdet_plugins.ops.affinity import (
     color_affinity,
-    mask_boxes,
     pairwise_affinity_loss,
     rgb_to_lab,
 )
+from mmdet_plugins.ops.instance_masks import mask_boxes
 
 # The centre-less 3 x 3 neighbourhood of unfold, row by row, as bits of the affinity.
 BITS_OF_UNFOLD = (7, 6, 5, 4, 0, 1, 2, 3)

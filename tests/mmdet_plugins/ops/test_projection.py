@@ -53,7 +53,7 @@ def test_an_outlier_costs_the_maximum_more():
 
 @pytest.mark.parametrize('chunk', [1, 1 << 18])
 def test_values_and_gradients_are_those_of_the_formula(monkeypatch, chunk):
-    monkeypatch.setattr('mmdet_plugins.ops.projection._CHUNK_CPU', chunk)
+    monkeypatch.setattr('mmdet_plugins.ops.dice._CHUNK_CPU', chunk)
     logits, targets, idx = scene()
     sides = []
     for function in (projection_losses, literal):
