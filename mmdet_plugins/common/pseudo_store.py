@@ -6,7 +6,7 @@ and after any interruption. ``shards/*.jsonl`` grow by one record an image and o
 a batch; ``shards/*.f16`` hold the embeddings. What is not committed does not count: its batch is
 done again, whole. Once every batch is there, ``pseudo_labels.json`` (COCO, ordered by image) and
 ``pseudo_labels.embeddings.npy`` (float16, a row for each annotation, in their order) are written,
-and the manifest gets a status for each image.
+and the manifest gets a status for each image, and what each rule dropped there.
 """
 
 import fcntl
@@ -315,7 +315,7 @@ class PseudoStore:
         separator = '\n'
         with _Shards() as shards:
             for position, image in enumerate(self.images):
-                reason = image.get('unreadable')
+                reason, record = image.get('unreadable'), {}
                 if position in place:
                     shard, (start, stop) = place[position]
                     record = json.loads(shards.read(shard, start, stop))
@@ -333,13 +333,16 @@ class PseudoStore:
                     for rule, number in record.get('dropped', {}).items():
                         counts[f'dropped_{rule}'] += number
                 if reason is not None:
-                    statuses.append(dict(status='unreadable', unreadable=reason))
+                    status: dict = dict(status='unreadable', unreadable=reason)
                     counts['unreadable'] += 1
                 elif record['objects']:
-                    statuses.append(dict(status='done'))
+                    status = dict(status='done')
                 else:
-                    statuses.append(dict(status='without masks'))
+                    status = dict(status='without masks')
                     counts['without_masks'] += 1
+                if 'dropped' in record:
+                    status['dropped'] = record['dropped']
+                statuses.append(status)
         labels.write('\n], "images": [')
         separator = '\n'
         for image, status in zip(self.images, statuses, strict=True):
