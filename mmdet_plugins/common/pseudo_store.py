@@ -136,6 +136,17 @@ def find_copies(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     return copies
 
 
+def digest_images(paths: Sequence[Path], count: int = 64) -> str:
+    """A hash of what is in so many files, spread evenly over the list; those missing count too."""
+    digest = hashlib.sha256()
+    for i in sorted({i * len(paths) // count for i in range(count)}) if paths else ():
+        try:
+            digest.update(hashlib.sha256(paths[i].read_bytes()).digest())
+        except OSError:
+            digest.update(b'missing')
+    return digest.hexdigest()[:16]
+
+
 def _entry(number: int, path: Path, folder: str | os.PathLike) -> dict:
     entry = dict(id=number, file_name=path.relative_to(folder).as_posix(), height=0, width=0)
     try:
@@ -368,6 +379,9 @@ class PseudoStore:
                 file.close()
             else:
                 self._locks.append(file)
+        for name in ('manifest.json', LABELS, EMBEDDINGS):  # of a run that was killed as it wrote
+            for leftover in self.folder.glob(f'.{name}.*.tmp'):
+                leftover.unlink()
         path = self.folder / 'manifest.json'
         if not path.exists():
             if shards:
@@ -378,8 +392,6 @@ class PseudoStore:
             with atomic_write(path) as file:
                 json.dump(self._manifest, file)
             return
-        for leftover in self.folder.glob('.*.tmp'):  # of a run that was killed as it finished
-            leftover.unlink()
         try:
             self._check(read_json(path))
         except ValueError as error:

@@ -25,6 +25,7 @@ FITTED = 20_000  # objects, drawn at random, that centres are made of
 TRIES = 4  # first guesses, of which the best outcome is taken
 ROWS = 65_536  # that are looked at at a time
 CROP_PX = 160
+GRID = 'grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); align-items: start'
 
 
 class Clusters(NamedTuple):
@@ -136,11 +137,10 @@ def write_clusters(
         mean = clusters.cosines[members].mean() if size else 0
         body += (
             f'<h3>{number + 1}</h3><p>{report_page.counted(int(size), "object")} · mean cosine '
-            f'{mean:.2f}</p><div class="views crops">{crops}</div>'
+            f'{mean:.2f}</p><div class="views" style="{GRID}">{crops}</div>'
         )
     lost = int((clusters.labels < 0).sum())
     body = f"""
-<style>body .crops {{ grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }}</style>
 <header><h1>Found objects, by their embeddings</h1>
 <p class="lede">{report_page.counted(len(annotations), 'object')} of
 {report_page.counted(len(images), 'image')} in {report_page.counted(k, 'cluster')}{
@@ -174,7 +174,7 @@ def _crop(
     colour: tuple[int, int, int],
     notices: dict[str, None],
 ) -> np.ndarray:
-    """The object with a fifth of its box around it."""
+    """The object in a square of 1.4 times its longer side, as far as the image reaches."""
     size = entry['height'], entry['width']
     try:
         image = read_image(image_root / entry['file_name'], size)
@@ -182,10 +182,10 @@ def _crop(
         notices[str(error).removeprefix(f'{image_root}/')] = None
         image = np.full((*size, 3), 120, np.uint8)
     x, y, width, height = annotation['bbox']
-    margin = 0.2 * max(width, height)
-    left, top = (max(0, int(v - margin)) for v in (x, y))
-    right, bottom = (int(np.ceil(v + margin)) for v in (x + width, y + height))
-    window = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
+    half = 0.7 * max(width, height, 2)
+    left, top = (max(0, int(centre - half)) for centre in (x + width / 2, y + height / 2))
+    right, bottom = (int(centre + half) + 1 for centre in (x + width / 2, y + height / 2))
+    window = np.s_[top:bottom, left:right]
     (mask,) = decode_rle([segmentation_to_rle(annotation['segmentation'], size)])
     rles = encode_masks(np.ascontiguousarray(mask[window])[None])
     return draw(np.ascontiguousarray(image[window]), rles, [colour], CROP_PX)

@@ -29,7 +29,7 @@ from ..ops.images import read_image
 from ..ops.rle import area, segmentation_to_rle
 
 COUNT_EDGES = (0, 1, 2, 3, 5, 9, 17)
-SIDE_EDGES_PX = (0, 8, 16, 32, 64, 128, 256, 512)
+SIDE_EDGES_PX = (0, 8, 16, 32, 64, 128, 256)
 COVERAGE_EDGES = (0, 1, 10, 25, 50, 75, 90)  # percent
 RULES = {
     'cells': 'too few cells',
