@@ -121,23 +121,24 @@ def test_health_of_no_images(tmp_path):
 
 @pytest.fixture
 def directions():
-    """300 embeddings of any length, around three axes in eight dimensions, and their axis."""
+    """300 embeddings around four axes in eight dimensions, the rarest short, and their axis."""
     rng = np.random.default_rng(0)
-    axis = rng.permutation(np.repeat(np.arange(3), (150, 100, 50)))
+    axis = rng.permutation(np.repeat(np.arange(4), (120, 90, 60, 30)))
     embeddings = np.eye(8)[axis] + 0.1 * rng.normal(size=(300, 8))
-    return (embeddings * rng.uniform(0.01, 50, (300, 1))).astype(np.float16), axis
+    lengths = np.where(axis == 3, 0.05, rng.uniform(0.1, 50, 300))
+    return (embeddings * lengths[:, None]).astype(np.float16), axis
 
 
 def test_clusters_are_found(directions):
     embeddings, axis = directions
-    found = cluster(embeddings, 3)
-    assert found.labels.tolist() == axis.tolist()  # by size
-    assert found.sizes.tolist() == [150, 100, 50] and found.cosines.min() > 0.8
-    again = cluster(embeddings, 3)
-    assert np.array_equal(found.labels, again.labels)
+    for seed in range(5):
+        found = cluster(embeddings, 4, seed)
+        assert found.labels.tolist() == axis.tolist()  # by size
+        assert found.sizes.tolist() == [120, 90, 60, 30] and found.cosines.min() > 0.8
+    assert np.array_equal(found.labels, cluster(embeddings, 4, seed).labels)
     embeddings[[3, 8]] = 0
     embeddings[5, 0] = np.nan
-    found = cluster(embeddings, 3)
+    found = cluster(embeddings, 4)
     assert np.flatnonzero(found.labels < 0).tolist() == [3, 5, 8] and found.sizes.sum() == 297
     for k in (0, 298):
         with pytest.raises(ValueError, match=f'{k} clusters of 297 usable embeddings'):
@@ -147,9 +148,9 @@ def test_clusters_are_found(directions):
 def test_more_objects_than_centres_are_made_of(directions, monkeypatch):
     import mmdet_plugins.freesolo.clusters as module
 
-    monkeypatch.setattr(module, 'FITTED', 60)
+    monkeypatch.setattr(module, 'FITTED', 100)
     monkeypatch.setattr(module, 'ROWS', 70)
-    assert cluster(directions[0], 3).labels.tolist() == directions[1].tolist()
+    assert cluster(directions[0], 4).labels.tolist() == directions[1].tolist()
 
 
 def test_page_of_clusters(store, load_script, tmp_path, capsys):
