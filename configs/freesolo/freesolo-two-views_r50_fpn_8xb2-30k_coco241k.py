@@ -2,4 +2,4 @@
 
 _base_ = './freesolo_r50_fpn_8xb2-30k_coco241k.py'
 
-train_dataloader = dict(dataset=dict(pipeline=[dict(type='FreeSOLOTwoViews')]))
+train_dataloader = dict(dataset=dict(pipeline=[dict(type='FreeSOLOStrongView')]))

@@ -6,7 +6,7 @@ NVlabs/FreeSOLO, for non-commercial use: constants and behaviour are taken from 
 
 Deviations: the released code trains without the embeddings (its ``loss_embed`` is zero) and on two
 views of each image, one with strong photometric changes and erased regions; the thesis has the
-embeddings and copy-paste alone, and so has this unless asked (:class:`.FreeSOLOTwoViews`). Losses
+embeddings and copy-paste alone, and so has this unless asked (:class:`.FreeSOLOStrongView`). Losses
 of masks are means over all cells of the batch, not over levels. Pairs of pixels are counted in the
 box of a coarse mask, as in BoxInst; the released code leaves out rows and columns that the mask
 does not touch.
@@ -33,7 +33,7 @@ from .transforms import (
     FreeSOLOCopyPaste,
     FreeSOLOLoadAnnotations,
     FreeSOLOPackInputs,
-    FreeSOLOTwoViews,
+    FreeSOLOStrongView,
 )
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
     'FreeSOLOStoreHook',
     'FreeSOLOStoreMetric',
     'FreeSOLOTransferHook',
-    'FreeSOLOTwoViews',
+    'FreeSOLOStrongView',
     'FreeSOLOWeakMaskLoss',
     'SOLODiceLoss',
     'SOLODynamicHead',

@@ -40,7 +40,7 @@ class FreeSOLODataPreprocessor(DetDataPreprocessor):
 
     def forward(self, data: dict, training: bool = False) -> dict:
         if isinstance(data['inputs'], Sequence) and isinstance(data['inputs'][0], Sequence):
-            data = {key: [*chain(*views)] for key, views in data.items()}  # of FreeSOLOTwoViews
+            data = {key: [*chain(*views)] for key, views in data.items()}  # of FreeSOLOStrongView
         data = super().forward(data, training)
         if not training:
             return data

@@ -121,7 +121,7 @@ class FreeSOLOCopyPaste(BaseTransform):
 
 
 @TRANSFORMS.register_module()
-class FreeSOLOTwoViews(FreeSOLOCopyPaste):
+class FreeSOLOStrongView(FreeSOLOCopyPaste):
     """Two packed samples of an image, as the released code trains on; the thesis has one.
 
     One has strong photometric changes (those of SimCLR, and three rectangles of noise) and objects

@@ -255,7 +255,7 @@ def test_two_views_make_one_batch(monkeypatch):
     """The plain views are what came; the strong ones differ, and have the other image's objects."""
     below, above = np.zeros((1, 20, 30), np.uint8), np.zeros((1, 20, 30), np.uint8)
     below[0, 2:12, 2:12] = above[0, 14:19, 20:28] = 1
-    transform = TRANSFORMS.build(dict(type='FreeSOLOTwoViews'))
+    transform = TRANSFORMS.build(dict(type='FreeSOLOStrongView'))
     monkeypatch.setattr(transform, '_choose', np.arange)
     items, images = [], []
     for seed in range(4):
