@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmdet.registry import DATASETS, MODELS, TRANSFORMS
+from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
 from mmengine.dataset import pseudo_collate
@@ -231,9 +232,12 @@ def test_what_hides_an_object_is_not_pasted(monkeypatch):
     below, above = np.zeros((2, 20, 30), np.uint8), np.zeros((2, 20, 30), np.uint8)
     below[0, 5:10, 5:10] = below[1, 15:20, 0:20] = 1
     above[0, 4:11, 4:8], above[1, 0:2, 0:2] = 1, 1  # the first hides 3 of 5 columns
-    found = paste(monkeypatch, results_of(below, 1), results_of(above, 2))
+    source = results_of(above, 2)
+    source['gt_embeddings'][1] = 3
+    found = paste(monkeypatch, results_of(below, 1), source)
     assert found['gt_bboxes_labels'].tolist() == [1, 1, 2]
     assert np.array_equal(found['gt_masks'].masks[2], above[1])
+    assert found['gt_embeddings'][:, 0].tolist() == [1, 1, 3]
     generous = paste(monkeypatch, results_of(below, 1), results_of(above, 2), max_hidden=0.7)
     assert generous['gt_masks'].masks.sum((1, 2)).tolist() == [10, 100, 28, 4]
 
@@ -301,6 +305,7 @@ def test_a_part_of_the_labels(tmp_path, limit):
         assert len(infos) == (40 if limit == 'masks' else sum(i['has_masks'] for i in infos))
         return {info['img_id'] for info in infos if info['has_masks']}
 
+    assert len(chosen(0.001)) == 1
     five, ten = chosen(0.05), chosen(0.1)
     assert len(five) == 2 and len(ten) == 4 and five < ten
     assert chosen(0.1) == ten != chosen(0.1, seed=2)
@@ -308,10 +313,24 @@ def test_a_part_of_the_labels(tmp_path, limit):
         chosen(0.0)
 
 
+def test_rows_that_do_not_count_are_those_of_the_original():
+    """Ten rows are five at half the size; a pair with a cell that counts reaches two further."""
+    settings = dict(mean=[0, 0, 0], std=[1, 1, 1], pad_size_divisor=32)
+    model = MODELS.build(dict(type='FreeSOLODataPreprocessor', **settings))
+    counted = []
+    for scale in (1, 2, 4):
+        meta = dict(img_shape=(96, 64), ori_shape=(scale * 96, scale * 64))
+        sample = DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(0, 4)), metainfo=meta)
+        batch = dict(inputs=[torch.full((3, 96, 64), 90, dtype=torch.uint8)], data_samples=[sample])
+        affinity = model(batch, True)['data_samples'][0].affinity
+        counted.append(int(torch.nonzero(affinity.sum(1))[-1]))
+    # The last cells whose centres (2, 6, 10, ...) lie above 86, 91 and 94 are 20, 22 and 22 of 24.
+    assert counted == [22, 23, 23]
+
+
 def test_affinity_of_a_batch_is_boxinsts():
     """mmdet's own preprocessor on the same batch, its scikit-image or the same definition."""
     from mmdet.models.data_preprocessors import data_preprocessor as module
-    from mmdet.structures import DetDataSample
 
     rng = np.random.default_rng(0)
     shades = rng.integers(40, 200, (12, 20, 3)).repeat(8, 0).repeat(8, 1)
