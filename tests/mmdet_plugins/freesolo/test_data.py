@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from mmdet.registry import DATASETS, MODELS, TRANSFORMS
+from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
@@ -230,9 +232,12 @@ def test_what_hides_an_object_is_not_pasted(monkeypatch):
     below, above = np.zeros((2, 20, 30), np.uint8), np.zeros((2, 20, 30), np.uint8)
     below[0, 5:10, 5:10] = below[1, 15:20, 0:20] = 1
     above[0, 4:11, 4:8], above[1, 0:2, 0:2] = 1, 1  # the first hides 3 of 5 columns
-    found = paste(monkeypatch, results_of(below, 1), results_of(above, 2))
+    source = results_of(above, 2)
+    source['gt_embeddings'][1] = 3
+    found = paste(monkeypatch, results_of(below, 1), source)
     assert found['gt_bboxes_labels'].tolist() == [1, 1, 2]
     assert np.array_equal(found['gt_masks'].masks[2], above[1])
+    assert found['gt_embeddings'][:, 0].tolist() == [1, 1, 3]
     generous = paste(monkeypatch, results_of(below, 1), results_of(above, 2), max_hidden=0.7)
     assert generous['gt_masks'].masks.sum((1, 2)).tolist() == [10, 100, 28, 4]
 
@@ -248,6 +253,38 @@ def test_pasting_nothing_or_onto_nothing(monkeypatch):
     assert np.array_equal(found['img'], source['img']) and found['gt_embeddings'].shape == (1, DIMS)
     never = TRANSFORMS.build(dict(type='FreeSOLOCopyPaste', prob=0.0))
     assert len(never._choose(5)) == 0
+
+
+def test_two_views_make_one_batch(monkeypatch):
+    """The plain views are what came; the strong ones differ, and have the other image's objects."""
+    below, above = np.zeros((1, 20, 30), np.uint8), np.zeros((1, 20, 30), np.uint8)
+    below[0, 2:12, 2:12] = above[0, 14:19, 20:28] = 1
+    transform = TRANSFORMS.build(dict(type='FreeSOLOStrongView'))
+    monkeypatch.setattr(transform, '_choose', np.arange)
+    items, images = [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        results = results_of(below, seed) | dict(
+            img_id=seed, img_shape=(20, 30), ori_shape=(20, 30)
+        )
+        images.append(results['img'].copy())
+        items.append(transform(dict(results, mix_results=[results_of(above, 9)])))
+    settings = dict(mean=[0, 0, 0], std=[1, 1, 1], bgr_to_rgb=False)
+    model = MODELS.build(dict(type='FreeSOLODataPreprocessor', **settings))
+    batch = model(pseudo_collate(items), True)
+    samples, inputs = batch['data_samples'], batch['inputs'].permute(0, 2, 3, 1).numpy()
+    assert [sample.img_id for sample in samples] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [len(sample.gt_instances) for sample in samples] == [2] * 4 + [1] * 4
+    assert samples[0].gt_instances.embeddings[:, 0].tolist() == [0, 9]
+    assert all(
+        np.array_equal(found, image) for found, image in zip(inputs[4:], images, strict=True)
+    )
+    pasted = results_of(above, 9)['img'][14:19, 20:28]
+    assert np.array_equal(inputs[0, 14:19, 20:28], pasted)
+    changed = inputs[:4] != inputs[4:]
+    assert changed.mean((1, 2, 3)).max() > 0.5 and not np.array_equal(changed[0], changed[1])
+    single = model(dict(inputs=[items[0]['inputs'][1]], data_samples=[samples[4]]), True)
+    assert len(single['inputs']) == 1
 
 
 @pytest.mark.parametrize('limit', ['images', 'masks'])
@@ -268,6 +305,7 @@ def test_a_part_of_the_labels(tmp_path, limit):
         assert len(infos) == (40 if limit == 'masks' else sum(i['has_masks'] for i in infos))
         return {info['img_id'] for info in infos if info['has_masks']}
 
+    assert len(chosen(0.001)) == 1
     five, ten = chosen(0.05), chosen(0.1)
     assert len(five) == 2 and len(ten) == 4 and five < ten
     assert chosen(0.1) == ten != chosen(0.1, seed=2)
@@ -275,10 +313,24 @@ def test_a_part_of_the_labels(tmp_path, limit):
         chosen(0.0)
 
 
+def test_rows_that_do_not_count_are_those_of_the_original():
+    """Ten rows are five at half the size; a pair with a cell that counts reaches two further."""
+    settings = dict(mean=[0, 0, 0], std=[1, 1, 1], pad_size_divisor=32)
+    model = MODELS.build(dict(type='FreeSOLODataPreprocessor', **settings))
+    counted = []
+    for scale in (1, 2, 4):
+        meta = dict(img_shape=(96, 64), ori_shape=(scale * 96, scale * 64))
+        sample = DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(0, 4)), metainfo=meta)
+        batch = dict(inputs=[torch.full((3, 96, 64), 90, dtype=torch.uint8)], data_samples=[sample])
+        affinity = model(batch, True)['data_samples'][0].affinity
+        counted.append(int(torch.nonzero(affinity.sum(1))[-1]))
+    # The last cells whose centres (2, 6, 10, ...) lie above 86, 91 and 94 are 20, 22 and 22 of 24.
+    assert counted == [22, 23, 23]
+
+
 def test_affinity_of_a_batch_is_boxinsts():
     """mmdet's own preprocessor on the same batch, its scikit-image or the same definition."""
     from mmdet.models.data_preprocessors import data_preprocessor as module
-    from mmdet.structures import DetDataSample
 
     rng = np.random.default_rng(0)
     shades = rng.integers(40, 200, (12, 20, 3)).repeat(8, 0).repeat(8, 1)
