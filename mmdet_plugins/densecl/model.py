@@ -4,6 +4,7 @@ Shapes: N images of a view, C channels of the backbone, E of an embedding, S the
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.dist import all_gather, get_world_size
+from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel, BaseModule
 from torch import Tensor, nn
 
@@ -111,6 +113,20 @@ class DenseCLQueue(nn.Module):
     def fill(self) -> Tensor:
         """Share of it that holds keys of images."""
         return self.written.clamp(max=len(self.keys)) / len(self.keys)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Keys of a queue of another size are not taken: it begins anew, and says so."""
+        keys = state_dict.get(f'{prefix}keys')
+        if keys is not None and keys.shape != self.keys.shape:
+            print_log(
+                f'{prefix[:-1]}: the checkpoint has {len(keys)} keys, this queue {len(self.keys)}; '
+                'it begins with random ones.',
+                'current',
+                logging.WARNING,
+            )
+            state_dict[f'{prefix}keys'] = self.keys
+            state_dict[f'{prefix}written'] = torch.zeros_like(self.written)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def write(self, keys: Tensor) -> None:
         """Put ``keys`` [n, E] in the place of the oldest ones."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmdet.registry import METRICS, MODELS
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
+from mmengine.runner import load_state_dict
 
 import mmdet_plugins.densecl  # noqa: F401
 
@@ -181,6 +182,16 @@ def test_a_checkpoint_continues_exactly(tmp_path):
         assert ours == theirs
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_queue_of_another_size_begins_anew():
+    model, small = build(), build(queue_size=12)
+    model.train_step(batch(0), OptimWrapper(sgd(model.parameters())))
+    before = small.dense_queue.keys.clone()
+    load_state_dict(small, model.state_dict(), strict=True)
+    assert torch.equal(small.dense_queue.keys, before) and small.dense_queue.written == 0
+    assert_state_equal(small.backbone, model.backbone)
+    assert model.dense_queue.written == 6
 
 
 def test_other_matchings_and_negatives():
