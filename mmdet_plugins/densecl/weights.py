@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from mmdet.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -21,9 +20,10 @@ def load_backbone(cfg: Mapping, checkpoint: str | None) -> nn.Module:
         ValueError: The file holds another backbone's weights.
     """
     backbone = MODELS.build(cfg)
+    backbone.eval()  # mmdet's returns None
     if checkpoint is None:
         backbone.init_weights()
-        return backbone.eval()
+        return backbone
     loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
     state = loaded.get('state_dict', loaded)
     if any(name.startswith(PREFIX) for name in state):
@@ -36,6 +36,5 @@ def load_backbone(cfg: Mapping, checkpoint: str | None) -> nn.Module:
             f'{checkpoint} fits {len(fitting)} of the {len(wanted)} tensors of the backbone, and '
             f'not {lacking}: give the config it was trained with.'
         )
-    with torch.no_grad():
-        backbone.load_state_dict(fitting)
-    return backbone.eval()
+    backbone.load_state_dict(fitting)
+    return backbone
