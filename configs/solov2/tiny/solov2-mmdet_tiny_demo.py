@@ -7,5 +7,5 @@ _base_ = [
     '../../_base_/tiny/runtime.py',
 ]
 
-train_cfg = dict(max_iters=1200)
-optim_wrapper = dict(optimizer=dict(lr=1e-3, fused=True))
+train_cfg = dict(max_iters=2000)
+optim_wrapper = dict(optimizer=dict(fused=True))
