@@ -64,7 +64,6 @@ def checkpoint(config, tmp_path):
 
 
 def test_separable_classes_are_separated(tool, voc, config, checkpoint, capsys):
-    pytest.importorskip('sklearn')
     found = [
         tool.main([str(config), str(path), '--voc', str(voc), '--device', 'cpu', '--jobs', '1'])
         for path in (checkpoint, checkpoint.with_name('backbone.pth'))
