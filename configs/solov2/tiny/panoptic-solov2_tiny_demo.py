@@ -14,7 +14,7 @@ model = dict(
         type='SOLOSemanticHead',
         num_things_classes=5,
         num_stuff_classes=3,
-        in_channels=64,
+        in_channels=32,
         inner_channels=32,
         norm_cfg=dict(type='GN', num_groups=8),
         loss_seg=dict(
