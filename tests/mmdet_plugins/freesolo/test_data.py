@@ -125,6 +125,31 @@ def test_a_pipeline_packs_what_the_head_needs(labels):
     assert len(sizes) > 1, 'pasting changes how many there are'
 
 
+def test_one_image_pastes_its_own_objects(labels):
+    edit(
+        labels,
+        lambda data: data.update(images=data['images'][:1], annotations=data['annotations'][:3]),
+    )
+    np.save(embeddings_file(labels), np.zeros((3, DIMS), np.float16))
+    mixed = DATASETS.build(
+        dict(
+            type='MultiImageMixDataset',
+            dataset=dataset(labels),
+            pipeline=[dict(type='FreeSOLOCopyPaste'), dict(type='FreeSOLOPackInputs')],
+        )
+    )
+    assert len(mixed) == 1
+    assert all(len(mixed[0]['data_samples'].gt_instances) >= 1 for _ in range(4))
+
+
+def test_no_mask_in_any_image(labels):
+    edit(labels, lambda data: data.update(annotations=[]))
+    np.save(embeddings_file(labels), np.zeros((0, DIMS), np.float16))
+    assert len(dataset(labels)) == 3
+    with pytest.raises(ValueError, match='none of its 3 images can be used: 3 have no valid obj'):
+        dataset(labels, filter_cfg=dict(filter_empty_gt=True))
+
+
 def test_without_embeddings(labels):
     embeddings_file(labels).unlink()
     results = dataset(labels, with_embeddings=False)[0]

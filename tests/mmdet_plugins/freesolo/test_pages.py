@@ -169,6 +169,10 @@ def test_page_of_clusters(store, load_script, tmp_path, capsys):
     assert [category['name'] for category in data['categories']] == ['cluster 1', 'cluster 2']
     assert main([*arguments, '--clusters', '5']) == 1
     assert '5 clusters of 4 usable embeddings' in capsys.readouterr().err
+    content = json.loads((store / LABELS).read_text())
+    content['annotations'].reverse()
+    (store / LABELS).write_text(json.dumps(content))
+    assert main(arguments) == 1 and 'do not rise from one to the next' in capsys.readouterr().err
     (store / EMBEDDINGS).unlink()
     assert main(arguments) == 1 and 'the embeddings of' in capsys.readouterr().err
 
