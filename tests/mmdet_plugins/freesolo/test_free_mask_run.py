@@ -177,6 +177,10 @@ def test_killed_and_on_two_ranks_the_bytes_are_the_same(
         (dict(weights=None), 'The backbone has random weights, in whose features there are no obj'),
         (dict(model__backbone__depth=50), r'of the \d+ parameters of the backbone are'),
         (dict(model__free_mask__max_num=3), r'configuration \(model.free_mask.max_num was 20, is'),
+        (
+            dict(test_dataloader__dataset__pipeline__1__scale_factor=3.0),
+            r'configuration \(pipeline was .*2.0.*, is .*3.0',
+        ),
         (dict(test_dataloader__batch_size=2), 'begun with batches of 3, not of 2'),
     ],
 )
