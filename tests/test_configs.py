@@ -36,9 +36,10 @@ USERS_NAMES = {'cascade_rpn_swinl', 'cascade_rpn_swinl_uvo-finetune'}
 
 
 def by_size(names: Iterator[str]) -> list:
-    """Test parameters; the largest backbones are slow."""
+    """Test parameters; the largest backbones are slow, and a stage of one that runs on regions."""
+    slow = 'swin-?l|r101|x101|_c4_'
     return [
-        pytest.param(name, marks=pytest.mark.slow if re.search('swin-?l|r101|x101', name) else ())
+        pytest.param(name, marks=pytest.mark.slow if re.search(slow, name) else ())
         for name in names
     ]
 

@@ -7,4 +7,3 @@ custom_hooks = [
     dict(type='DenseCLQueueSizeHook'),
     dict(type='DenseCLWarmupHook', iters=10000),
 ]
-find_unused_parameters = True

@@ -12,14 +12,18 @@ computed, so that its queue is not filled either.
 """
 
 from .hooks import DenseCLQueueSizeHook, DenseCLWarmupHook
+from .metrics import DenseCLCorrespondence
 from .model import DenseCL, DenseCLDataPreprocessor, DenseCLHead
+from .res_layer import DenseCLResLayer
 from .transforms import DenseCLTwoViews
 
 __all__ = [
     'DenseCL',
+    'DenseCLCorrespondence',
     'DenseCLDataPreprocessor',
     'DenseCLHead',
     'DenseCLQueueSizeHook',
+    'DenseCLResLayer',
     'DenseCLTwoViews',
     'DenseCLWarmupHook',
 ]

@@ -17,8 +17,8 @@ def _model(runner) -> DenseCL:
 class DenseCLWarmupHook(Hook):
     """The global term alone for some iterations, then the model's lambda (section 5.3.4, way 2).
 
-    Without the dense term the dense head gets no gradient: on several ranks the config has to say
-    ``find_unused_parameters=True``.
+    As released, the dense branch is computed all along: what its head makes of features that the
+    global term shapes fills the dense queue before it counts.
 
     Args:
         iters: Iterations with lambda 0; 10,000 for the last row of Table 5.6.

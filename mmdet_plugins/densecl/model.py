@@ -4,6 +4,7 @@ Shapes: N images of a view, C channels of the backbone, E of an embedding, S the
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.dist import all_gather, get_world_size
+from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel, BaseModule
 from torch import Tensor, nn
 
@@ -112,6 +114,20 @@ class DenseCLQueue(nn.Module):
         """Share of it that holds keys of images."""
         return self.written.clamp(max=len(self.keys)) / len(self.keys)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Keys of a queue of another size are not taken: it begins anew, and says so."""
+        keys = state_dict.get(f'{prefix}keys')
+        if keys is not None and keys.shape != self.keys.shape:
+            print_log(
+                f'{prefix[:-1]}: the checkpoint has {len(keys)} keys, this queue {len(self.keys)}; '
+                'it begins with random ones.',
+                'current',
+                logging.WARNING,
+            )
+            state_dict[f'{prefix}keys'] = self.keys
+            state_dict[f'{prefix}written'] = torch.zeros_like(self.written)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def write(self, keys: Tensor) -> None:
         """Put ``keys`` [n, E] in the place of the oldest ones."""
         size = len(self.keys)
@@ -150,7 +166,7 @@ class DenseCL(BaseModel):
         head: A :class:`DenseCLHead`.
         data_preprocessor: A :class:`DenseCLDataPreprocessor`.
         dense_weight: Lambda of equation 5.3, of the dense term; the global term has the rest. May
-            be set between iterations. At 0 the dense branch is not computed.
+            be set between iterations. Built with 0, the model never computes the dense branch.
         matching: What decides which cells match (Table 5.7): ``'backbone'`` features (max-sim F),
             ``'dense'`` embeddings (max-sim Theta), or ``'random'``.
         negatives: What the dense queue gets of an image: its ``'pooled'`` dense embeddings, or
@@ -188,6 +204,7 @@ class DenseCL(BaseModel):
         if not 0 <= dense_weight <= 1:
             raise ValueError(f'dense_weight must lie between 0 and 1, not at {dense_weight}.')
         self.dense_weight = dense_weight
+        self.with_dense = dense_weight > 0
         self.matching = matching
         self.negatives = negatives
         self.momentum = momentum
@@ -209,37 +226,38 @@ class DenseCL(BaseModel):
 
     def forward(
         self, inputs: Tensor, frames_xyxy: Tensor | None = None, mode: str = 'tensor'
-    ) -> dict[str, Tensor] | tuple[Tensor, ...]:
-        """Losses of two views, or the backbone's features.
+    ) -> dict[str, Tensor] | list[dict[str, int]] | tuple[Tensor, ...]:
+        """Losses of two views, what of them is matched rightly, or the backbone's features.
 
         Args:
-            inputs: ``'loss'``: [2, N, 3, H, W], queries and keys; ``'tensor'``: [N, 3, H, W].
-            frames_xyxy: [N, 2, 4], see :func:`~mmdet_plugins.ops.contrastive.true_cells`.
-            mode: One of these two.
+            inputs: ``'loss'``: [2, N, 3, H, W], queries and keys; ``'predict'``: [2 P, N, 3, H, W],
+                pairs of views; ``'tensor'``: [N, 3, H, W].
+            frames_xyxy: [N, 2 P, 4], see :func:`~mmdet_plugins.ops.contrastive.true_cells`.
+            mode: One of these three.
         """
         if mode == 'loss':
             return self.loss(inputs, frames_xyxy)
+        if mode == 'predict':
+            return self.predict(inputs, frames_xyxy)
         if mode == 'tensor':
             return self.backbone(inputs)
-        raise ValueError(
-            f"DenseCL has no mode {mode!r}: it is trained ('loss') and gives features ('tensor'); "
-            'to detect or segment, load its backbone into a detector or a segmenter.'
-        )
+        raise ValueError(f"DenseCL has no mode {mode!r}, only 'loss', 'predict' and 'tensor'.")
 
     def loss(self, inputs: Tensor, frames_xyxy: Tensor | None = None) -> dict[str, Tensor]:
         """Both terms of equation 5.3, weighted, and what tells of the training's health.
 
         Returns:
             ``loss_global``, ``loss_dense`` (with the dense branch), ``similarity_global`` and
-            ``similarity_dense`` of the positives, ``queue_fill``, and, with ``frames_xyxy``,
-            ``agreement``: the share of cells, of those that both views show, which the backbone's
-            features match with the cell that shows the same point. Chance is 1 / S^2.
+            ``similarity_dense`` of the positives, ``queue_fill_global`` and ``queue_fill_dense``,
+            and, with ``frames_xyxy``, ``agreement``: the share of cells, of those that both views
+            show, which the backbone's features match with the cell that shows the same point.
+            Chance is 1 / S^2.
         """
         weight = self.dense_weight
-        query = self._encode(self.backbone, self.head, inputs[0], weight > 0)
+        query = self._encode(self.backbone, self.head, inputs[0])
         with torch.no_grad():
             self._update_key_encoder()
-            key = self._encode_keys(inputs[1], weight > 0)
+            key = self._encode_keys(inputs[1])
             match = match_cells(query.grid, key.grid)
 
         def contrast(name: str, queries: Tensor, keys: Tensor, queue: Tensor, share: float) -> dict:
@@ -248,35 +266,57 @@ class DenseCL(BaseModel):
             return {f'loss_{name}': share * loss, f'similarity_{name}': similarity}
 
         logged = contrast('global', query.embedding, key.embedding, self.queue.keys, 1 - weight)
-        if weight > 0:
+        if self.with_dense:
             positives = _cells_of(key.dense, self._match(query, key, match))
             queries = query.dense.flatten(2).transpose(1, 2).flatten(0, 1)
             logged |= contrast('dense', queries, positives, self.dense_queue.keys, weight)
         self._enqueue(key)
-        logged['queue_fill'] = self.queue.fill
+        logged['queue_fill_global'] = self.queue.fill
+        if self.with_dense:
+            logged['queue_fill_dense'] = self.dense_queue.fill
         if frames_xyxy is not None:
             truth = true_cells(*frames_xyxy.unbind(1), self.head.grid_size)
             logged['agreement'] = (match == truth).sum() / (truth >= 0).sum().clamp(min=1)
         return logged
 
-    def _encode(
-        self, backbone: nn.Module, head: DenseCLHead, images: Tensor, with_dense: bool
-    ) -> _Encoded:
+    def predict(self, inputs: Tensor, frames_xyxy: Tensor) -> list[dict[str, int]]:
+        """Correspondence by the backbone's features against the geometry of the views.
+
+        Returns:
+            Of each image, over its pairs: ``right``, the cells of the first view matched with the
+            cell of the second that shows the same point; ``shown``, those that both views show;
+            ``cells``, S^2.
+        """
+        grids = [self.head.to_grid(self.backbone(view)[-1]) for view in inputs]
+        match, truth = [], []
+        for i in range(0, len(grids), 2):
+            match.append(match_cells(*grids[i : i + 2]))
+            truth.append(true_cells(*frames_xyxy[:, i : i + 2].unbind(1), self.head.grid_size))
+        match, truth = torch.cat(match, 1), torch.cat(truth, 1)
+        cells = self.head.grid_size**2
+        return [
+            dict(right=right, shown=shown, cells=cells)
+            for right, shown in zip(
+                (match == truth).sum(1).tolist(), (truth >= 0).sum(1).tolist(), strict=True
+            )
+        ]
+
+    def _encode(self, backbone: nn.Module, head: DenseCLHead, images: Tensor) -> _Encoded:
         feat = backbone(images)[-1]
         grid = head.to_grid(feat)
         embedding = F.normalize(head(feat), dim=1)
-        if not with_dense:
+        if not self.with_dense:
             return _Encoded(grid, embedding)
         dense = head.forward_dense(grid)
         pooled = F.normalize(dense.mean((2, 3)), dim=1)
         return _Encoded(grid, embedding, F.normalize(dense, dim=1), pooled)
 
-    def _encode_keys(self, images: Tensor, with_dense: bool) -> _Encoded:
+    def _encode_keys(self, images: Tensor) -> _Encoded:
         encoder = self.key_encoder['backbone'], self.key_encoder['head']
         if not self.shuffle_bn or get_world_size() == 1:
-            return self._encode(*encoder, images, with_dense)
+            return self._encode(*encoder, images)
         exchange = Exchange(len(images), images.device)
-        encoded = self._encode(*encoder, exchange.send(images), with_dense)
+        encoded = self._encode(*encoder, exchange.send(images))
         return _Encoded(*exchange.back([part for part in encoded if part is not None]))
 
     def _match(self, query: _Encoded, key: _Encoded, by_backbone: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ class DenseCLTwoViews(BaseTransform):
 
     Takes ``img`` (uint8, BGR) and returns a sample for :class:`DenseCLDataPreprocessor`:
 
-    - ``inputs``: uint8 [2, 3, size, size], RGB;
-    - ``frames_xyxy``: float [2, 4], for each view the image points (x, y), in pixels, that its
-      upper left and lower right corners show; x1 > x2 if it is flipped.
+    - ``inputs``: uint8 [2 pairs, 3, size, size], RGB;
+    - ``frames_xyxy``: float [2 pairs, 4], for each view the image points (x, y), in pixels, that
+      its upper left and lower right corners show; x1 > x2 if it is flipped.
 
     Args:
         size: Side of a view, px.
@@ -29,6 +29,8 @@ class DenseCLTwoViews(BaseTransform):
         blur_sigma: Range of the blur's sigma, px of the view.
         blur_prob: How often it is blurred.
         flip_prob: How often it is flipped, left to right.
+        pairs: Of views, of an image.
+        seed: For tests: with it, the views of the image ``img_id`` are the same in every run.
     """
 
     def __init__(
@@ -42,8 +44,12 @@ class DenseCLTwoViews(BaseTransform):
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         blur_prob: float = 0.5,
         flip_prob: float = 0.5,
+        pairs: int = 1,
+        seed: int | None = None,
     ) -> None:
         self.size = size
+        self.pairs = pairs
+        self.seed = seed
         self.flip_prob = flip_prob
         self.crop = v2.RandomResizedCrop(size, scale, ratio, antialias=True)
         radius = int(np.ceil(4 * blur_sigma[1]))
@@ -57,7 +63,11 @@ class DenseCLTwoViews(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         image = np.ascontiguousarray(results['img'][..., ::-1].transpose(2, 0, 1))
-        views, frames = zip(*[self._view(torch.from_numpy(image)) for _ in range(2)], strict=True)
+        image = torch.from_numpy(image)
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                torch.manual_seed(hash((self.seed, results['img_id'])))
+            views, frames = zip(*[self._view(image) for _ in range(2 * self.pairs)], strict=True)
         return dict(inputs=torch.stack(views), frames_xyxy=torch.tensor(frames))
 
     def _view(self, image: Tensor) -> tuple[Tensor, tuple[float, float, float, float]]:

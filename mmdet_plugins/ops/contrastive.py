@@ -114,6 +114,24 @@ def match_cells(query_map: Tensor, key_map: Tensor) -> Tensor:
     return torch.bmm(query_map.flatten(2).transpose(1, 2), keys).argmax(2)
 
 
+def mutual_matches(query_map: Tensor, key_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells that are each other's most similar ones (section 5.3.4 of the thesis).
+
+    Args:
+        query_map, key_map: As for :func:`match_cells`.
+
+    Returns:
+        Int64 ``[N, S * S]``, cells of ``key_map``, -1 where that cell's own match is another one;
+        float ``[N, S * S]``, the cosines of the matches, those that are not mutual included.
+    """
+    there, back = match_cells(query_map, key_map), match_cells(key_map, query_map)
+    queries, keys = (F.normalize(part.flatten(2), dim=1) for part in (query_map, key_map))
+    matched = keys.gather(2, there[:, None].expand_as(queries))
+    cells = torch.arange(there.shape[1], device=there.device)
+    mutual = torch.where(back.gather(1, there) == cells, there, -1)
+    return mutual, (queries * matched).sum(1)
+
+
 def true_cells(query_frame: Tensor, key_frame: Tensor, grid: int) -> Tensor:
     """Where the centre of each cell of one view lies in the other, by the views' frames.
 

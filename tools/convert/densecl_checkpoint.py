@@ -9,7 +9,8 @@ released, mmpretrain's DenseCL, and this project. ``--to``:
 
 backbone    the query encoder's backbone alone, conv1.weight and so on: as torchvision, mmdet and
             mmseg name it, for ``init_cfg=dict(type='Pretrained', checkpoint=...)``
-densecl     all of this project's DenseCL, to train on
+densecl     all of this project's DenseCL, to train on; queues of another length than the config's
+            begin anew
 released    all of it as WXinlong/DenseCL names it
 
 Every tensor must find its place in the model of ``--config``: names that do not, places that stay
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -134,6 +136,17 @@ def problems_of(
     ]
 
 
+def fit_queues(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Begin queues anew, random and unwritten, that the model has of another length."""
+    for name in ('queue', 'dense_queue'):
+        keys, wanted = state.get(f'{name}.keys'), target[f'{name}.keys']
+        if keys is None or len(keys) == len(wanted) or keys.shape[1:] != wanted.shape[1:]:
+            continue
+        print(f'{name} begins anew: it has {len(keys)} keys, the model wants {len(wanted)}')
+        state[f'{name}.keys'] = F.normalize(torch.randn(wanted.shape), dim=1)
+        state[f'{name}.written'] = torch.zeros((), dtype=torch.long)
+
+
 def build_model(config: str) -> torch.nn.Module:
     """The model of a config, without memory for its tensors."""
     register_all_modules(init_default_scope=True)
@@ -157,7 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     converted = to_ours(state, rules)
     wanted = 'backbone.' if args.to == 'backbone' else ''
-    problems = problems_of(converted, build_model(args.config).state_dict(), wanted)
+    target = build_model(args.config).state_dict()
+    if args.to == 'densecl':
+        fit_queues(converted, target)
+    problems = problems_of(converted, target, wanted)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

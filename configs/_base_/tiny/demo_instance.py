@@ -6,6 +6,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='RandomFlip', prob=[0.25, 0.25], direction=['horizontal', 'vertical']),
+    dict(type='PhotoMetricDistortion'),  # colours of objects seen tell nothing of others
     dict(type='PackDetInputs'),
 ]
 # Grids are laid over the padded batch: images of one orientation need the least padding.

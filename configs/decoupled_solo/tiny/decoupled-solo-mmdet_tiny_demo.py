@@ -1,13 +1,13 @@
 """mmdet's Decoupled SOLO, peer of ``decoupled-solo_tiny_demo.py``: same network, trained alike."""
 
-_base_ = '../../solo/tiny/solo_tiny_demo.py'
+_base_ = './decoupled-solo_tiny_demo.py'
 
 model = dict(
     mask_head=dict(
         _delete_=True,
         type='DecoupledSOLOHead',
         num_classes=1,
-        in_channels=64,
+        in_channels=32,
         feat_channels=64,
         stacked_convs=3,
         num_grids=[24, 18, 12, 8],

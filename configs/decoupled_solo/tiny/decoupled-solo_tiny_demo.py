@@ -3,3 +3,4 @@
 _base_ = '../../solo/tiny/solo_tiny_demo.py'
 
 model = dict(mask_head=dict(type='SOLODecoupledHead'))
+train_cfg = dict(max_iters=2000)

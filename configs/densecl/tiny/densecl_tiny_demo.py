@@ -38,8 +38,26 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     ),
 )
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='DenseCLTwoViews', size=96, blur_sigma=(0.1, 1.0), pairs=8, seed=0),
+]
+test_dataloader = dict(
+    batch_size=8,
+    num_workers=0,
+    collate_fn=dict(type='default_collate'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='OpenWorldCocoDataset',
+        data_root='work_dirs/demo/data/',
+        ann_file='instances_val.json',
+        data_prefix=dict(img='images/'),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+test_evaluator = dict(type='DenseCLCorrespondence')
 val_cfg = None
-test_cfg = None
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),

@@ -4,22 +4,22 @@ _base_ = [
     '../_base_/solo_r50_fpn.py',
     '../../_base_/tiny/demo_instance.py',
     '../../_base_/tiny/demo_schedule.py',
-    'mmdet::_base_/default_runtime.py',
+    '../../_base_/tiny/runtime.py',
 ]
 
 model = dict(
     backbone=dict(
         depth=18,
-        base_channels=32,
-        stem_channels=32,
+        base_channels=16,
+        stem_channels=16,
         frozen_stages=-1,
         norm_eval=False,
         init_cfg=None,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, num_outs=4),
     mask_head=dict(
         num_classes=1,
-        in_channels=64,
+        in_channels=32,
         feat_channels=64,
         stacked_convs=3,
         num_grids=[24, 18, 12, 8],
@@ -29,10 +29,5 @@ model = dict(
         norm_cfg=dict(type='GN', num_groups=8),
     ),
 )
-train_cfg = dict(max_iters=1200)
-optim_wrapper = dict(optimizer=dict(lr=1e-3, fused=True))
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
-)
+train_cfg = dict(max_iters=3400)
+optim_wrapper = dict(optimizer=dict(fused=True))

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet.registry import MODELS
+from mmdet.registry import METRICS, MODELS
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
+from mmengine.runner import load_state_dict
 
 import mmdet_plugins.densecl  # noqa: F401
 
@@ -142,7 +143,7 @@ def test_four_steps_are_those_of_the_released_code(dense_weight):
         ours = model.train_step(batch(step), wrapper)
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value.detach(), rtol=1e-5, atol=0)
-    assert ours['queue_fill'] == 1
+    assert ours['queue_fill_global'] == ours['queue_fill_dense'] == 1
     assert_state_equal(model.backbone, reference.query[0])
     assert_state_equal(model.head, reference.query[1])
     assert_state_equal(model.key_encoder['backbone'], reference.key[0])
@@ -183,6 +184,16 @@ def test_a_checkpoint_continues_exactly(tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_a_queue_of_another_size_begins_anew():
+    model, small = build(), build(queue_size=12)
+    model.train_step(batch(0), OptimWrapper(sgd(model.parameters())))
+    before = small.dense_queue.keys.clone()
+    load_state_dict(small, model.state_dict(), strict=True)
+    assert torch.equal(small.dense_queue.keys, before) and small.dense_queue.written == 0
+    assert_state_equal(small.backbone, model.backbone)
+    assert model.dense_queue.written == 6
+
+
 def test_other_matchings_and_negatives():
     one = batch(0)
     losses = {}
@@ -198,7 +209,7 @@ def test_other_matchings_and_negatives():
     model = build(negatives='sampled')
     with torch.no_grad():
         images = model.data_preprocessor(one, True)['inputs']
-        key = copy.deepcopy(model)._encode_keys(images[1], True)
+        key = copy.deepcopy(model)._encode_keys(images[1])
     model.train_step(one, OptimWrapper(sgd(model.parameters())))
     similarity = torch.einsum('ne,neyx->nyx', model.dense_queue.keys[:6], key.dense).flatten(1)
     torch.testing.assert_close(similarity.amax(1), torch.ones(6), rtol=0, atol=1e-5)
@@ -215,6 +226,28 @@ def test_agreement_is_counted_where_both_views_show_the_point():
         inputs = model.data_preprocessor(same, True)
         losses[name] = model(**inputs, mode='loss')['agreement'].item()
     assert losses == dict(same=1.0, apart=0.0)
+
+
+def test_predictions_are_counted_per_image_over_its_pairs():
+    """Two pairs: a view and itself; a view and a black one, said to show nothing of it."""
+    model = build().eval()
+    inputs = batch(0, 2)['inputs'].repeat(1, 2, 1, 1, 1)
+    inputs[:, 1], inputs[:, 3] = inputs[:, 0], 0
+    whole, part = [0.0, 0.0, 40.0, 32.0], [40.0, 0.0, 80.0, 32.0]
+    frames = torch.tensor([[whole, whole, whole, part]]).repeat(2, 1, 1)
+    found = model.test_step(dict(inputs=inputs, frames_xyxy=frames))
+    assert found == [dict(right=9, shown=9, cells=9)] * 2
+    frames[1, 3] = torch.tensor(whole)
+    found = model.test_step(dict(inputs=inputs, frames_xyxy=frames))
+    assert [one['shown'] for one in found] == [9, 18] and found[1]['right'] < 18
+    metric = METRICS.build(dict(type='DenseCLCorrespondence'))
+    metric.process({}, found)
+    right = sum(one['right'] for one in found)
+    assert metric.evaluate(2) == {
+        'densecl/accuracy': right / 27,
+        'densecl/chance': 1 / 9,
+        'densecl/times_chance': pytest.approx(right / 3),
+    }
 
 
 @pytest.mark.parametrize('backbone', ['timm', 'mmdet'])
@@ -247,6 +280,6 @@ def test_errors_are_sentences():
     model = build(queue_size=4)
     with pytest.raises(ValueError, match='queue of 4 keys cannot take the 6 of one batch'):
         model.train_step(batch(0), OptimWrapper(sgd(model.parameters())))
-    with pytest.raises(ValueError, match="no mode 'predict'"):
-        model(torch.zeros(1, 3, 32, 32), mode='predict')
+    with pytest.raises(ValueError, match="no mode 'guess'"):
+        model(torch.zeros(1, 3, 32, 32), mode='guess')
     assert model(torch.zeros(1, 3, 32, 40))[-1].shape == (1, 16, 4, 5)

@@ -57,7 +57,8 @@ def test_a_folder_is_trained_on_and_resumed(repo, folder, tmp_path):
     assert {
         'train/loss_global',
         'train/loss_dense',
-        'train/queue_fill',
+        'train/queue_fill_global',
+        'train/queue_fill_dense',
         'train/similarity_global',
         'train/similarity_dense',
         'train/agreement',
@@ -107,7 +108,9 @@ def test_the_dense_term_takes_over_after_the_warm_up(repo, folder, tmp_path):
     cfg.model.queue_size = 32
     runner = Runner.from_cfg(cfg)
     runner.train()
-    dense = runner.message_hub.log_scalars['train/loss_dense']
-    alone = runner.message_hub.log_scalars['train/loss_global']
-    assert len(dense.data[0]) == 1 and len(alone.data[0]) == 3
-    assert alone.data[0][:2].min() > 0 and alone.data[0][2] == 0 and dense.data[0][0] > 0
+    dense, alone = (
+        runner.message_hub.log_scalars[f'train/loss_{term}'].data[0] for term in ('dense', 'global')
+    )
+    assert alone[:2].min() > 0 and alone[2] == 0
+    assert (dense[:2] == 0).all() and dense[2] > 0
+    assert runner.model.dense_queue.written == 9  # of the warm-up too, as released

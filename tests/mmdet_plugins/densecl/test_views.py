@@ -55,3 +55,16 @@ def test_tiny_and_narrow_images(hw):
     assert sample['inputs'].shape == (2, 3, 32, 32)
     sides = sample['frames_xyxy'][:, 2:] - sample['frames_xyxy'][:, :2]
     assert (sides.abs() >= 1).all()
+
+
+def test_seeded_views_depend_on_the_image_alone():
+    transform = TRANSFORMS.build(dict(type='DenseCLTwoViews', size=32, pairs=2, seed=0))
+    image = np.random.default_rng(0).integers(0, 256, (*HW, 3), np.uint8)
+    state = torch.get_rng_state()
+    first, other = (transform(dict(img=image, img_id=img_id)) for img_id in (3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    again = transform(dict(img=image, img_id=3))
+    assert first['inputs'].shape == (4, 3, 32, 32) and first['frames_xyxy'].shape == (4, 4)
+    for key, value in first.items():
+        assert torch.equal(value, again[key]) and not torch.equal(value, other[key])

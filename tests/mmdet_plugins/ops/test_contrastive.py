@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmdet_plugins.ops import contrastive
-from mmdet_plugins.ops.contrastive import info_nce, match_cells, true_cells
+from mmdet_plugins.ops.contrastive import info_nce, match_cells, mutual_matches, true_cells
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,3 +128,16 @@ def test_true_cells_of_a_shifted_and_a_flipped_view():
     # the second view shows x from 40 to 160 and y from -20 to 40: a cell to the right, one up
     shifted = true_cells(whole, torch.tensor([[40.0, -20.0, 160.0, 40.0]]), 3)
     assert shifted.tolist() == [[-1, 3, 4, -1, 6, 7, -1, -1, -1]]
+
+
+def test_mutual_matches_by_hand():
+    """Cells at angles of 0, 60, 90, 180 degrees and 10, 50, 80, 20."""
+    query, key = (
+        torch.deg2rad(torch.tensor(angles)).view(1, 1, 2, 2)
+        for angles in ([0.0, 60, 90, 180], [10.0, 50, 80, 20])
+    )
+    query, key = (torch.cat([3 * part.cos(), 3 * part.sin()], 1) for part in (query, key))
+    mutual, similarity = mutual_matches(query, 2 * key)
+    assert mutual.tolist() == [[0, 1, 2, -1]]  # 180 is nearest to 80, which is nearest to 90
+    expected = torch.deg2rad(torch.tensor([[10.0, 10, 10, 100]])).cos()
+    torch.testing.assert_close(similarity, expected)

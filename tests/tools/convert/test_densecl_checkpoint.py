@@ -82,9 +82,10 @@ def numbered(shapes):
     return state
 
 
-def run(tool, tmp_path, state, to):
+def run(tool, tmp_path, state, to, *options):
     torch.save({'state_dict': state, 'author': 'DenseCL'}, tmp_path / 'in.pth')
-    status = tool.main([str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth'), '--to', to])
+    files = [str(tmp_path / name) for name in ('in.pth', 'out.pth')]
+    status = tool.main([*files, '--to', to, *options])
     out = tmp_path / 'out.pth'
     return status, torch.load(out)['state_dict'] if out.exists() else None
 
@@ -187,3 +188,18 @@ def test_a_backbone_alone_is_no_whole_model(tool, tmp_path, capsys):
     status, out = run(tool, tmp_path, numbered(resnet50()), 'densecl')
     assert status == 1 and out is None
     assert 'nothing for queue.keys' in capsys.readouterr().err
+
+
+def test_queues_of_another_length_begin_anew(tool, tmp_path, repo, capsys):
+    (tmp_path / 'short.py').write_text(
+        f"_base_ = '{repo}/configs/densecl/densecl_r50_c5_8xb32-800e_coco.py'\n"
+        'model = dict(queue_size=512)\n'
+    )
+    options = '--config', str(tmp_path / 'short.py')
+    status, ours = run(tool, tmp_path, numbered(RELEASED), 'densecl', *options)
+    assert status == 0 and ours['queue.written'] == ours['dense_queue.written'] == 0
+    assert ours['queue.keys'].shape == (512, 128)
+    torch.testing.assert_close(ours['queue.keys'].norm(dim=1), torch.ones(512))
+    assert (
+        'dense_queue begins anew: it has 65536 keys, the model wants 512' in capsys.readouterr().out
+    )

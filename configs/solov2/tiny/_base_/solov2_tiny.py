@@ -5,16 +5,16 @@ _base_ = '../../_base_/solov2_r50_fpn.py'
 model = dict(
     backbone=dict(
         depth=18,
-        base_channels=32,
-        stem_channels=32,
+        base_channels=16,
+        stem_channels=16,
         frozen_stages=-1,
         norm_eval=False,
         init_cfg=None,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, num_outs=4),
     mask_head=dict(
         num_classes=1,
-        in_channels=64,
+        in_channels=32,
         feat_channels=64,
         stacked_convs=2,
         num_grids=[24, 18, 12, 8],

@@ -1,0 +1,19 @@
+"""Table 5.2: FCOS on COCO, 12 epochs, with AdelaiDet's defaults."""
+
+_base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py'
+
+custom_imports = dict(
+    imports=['mmdet_plugins.common.runtime', 'mmdet_plugins.common.hooks'],
+    allow_failed_imports=False,
+)
+
+model = dict(
+    data_preprocessor=dict(
+        mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True
+    ),
+    backbone=dict(
+        style='pytorch',
+        init_cfg=dict(type='Pretrained', checkpoint='work_dirs/densecl_r50.pth'),
+    ),
+)
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))

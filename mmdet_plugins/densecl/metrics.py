@@ -1,0 +1,40 @@
+"""How well the features of two views find each other, on images that were not learnt from."""
+
+import json
+from collections.abc import Sequence
+
+from mmdet.registry import METRICS
+from mmengine.evaluator import BaseMetric
+
+from ..common.files import atomic_write
+
+
+@METRICS.register_module()
+class DenseCLCorrespondence(BaseMetric):
+    """Share of the cells that both views show which are matched with the cell of the same point.
+
+    Neither mmdet nor mmengine has it. ``accuracy`` is over the cells of all images, ``chance`` that
+    of a match drawn from the S^2 cells, ``times_chance`` their ratio.
+
+    Args:
+        out_file: Where to write each image's ``right`` and ``shown``, in the order of the images.
+        **kwargs: As for mmengine's ``BaseMetric``.
+    """
+
+    default_prefix = 'densecl'
+
+    def __init__(self, out_file: str | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.out_file = out_file
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results: list[dict]) -> dict[str, float]:
+        if self.out_file:
+            with atomic_write(self.out_file) as file:
+                json.dump({key: [one[key] for one in results] for key in ('right', 'shown')}, file)
+        shown = sum(one['shown'] for one in results)
+        accuracy = sum(one['right'] for one in results) / max(shown, 1)
+        cells = results[0]['cells']
+        return dict(accuracy=accuracy, chance=1 / cells, times_chance=accuracy * cells)

@@ -1,0 +1,192 @@
+"""Correspondence learnt by DenseCL and by MoCo-v2, trained equally, on images neither has seen.
+
+    python projects/densecl/compare.py                       # made-up scenes
+    python projects/densecl/compare.py --data data/nuclei    # a set of one's own
+
+Both start from the same random weights, see the same images and learn as long; two trainings run at
+a time. On pairs of views of the validation images, the same for all, a cell of the one is matched
+with the cell of the other whose features are most similar, and the known crops say whether it shows
+the same point. The untrained network is measured alike. Intervals of 95 % are bootstrapped over
+seeds and images. The table goes to ``results/``, from where ``tools/build_tables.py`` takes it to
+the README, and a plot beside this file. The command goes on where it was stopped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.stages import (
+    Stage,
+    commit,
+    config_digest,
+    evaluate,
+    keep_settings,
+    prepare_data,
+    train,
+)
+
+REPO = Path(__file__).resolve().parents[2]
+METHODS = {'DenseCL': 'densecl-c5_tiny_demo', 'MoCo-v2': 'moco-v2-c5_tiny_demo'}
+UNTRAINED = 'untrained'
+DRAWS = 10000
+COLOURS = {'DenseCL': '#1b7f5c', 'MoCo-v2': '#b3541e', UNTRAINED: '#777777'}
+
+
+def bootstrap(right: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Accuracies [DRAWS] of sets of seeds and images, drawn with replacement.
+
+    Every method is drawn alike, so that the differences of two of them are paired.
+
+    Args:
+        right, shown: Cells [seeds, images].
+    """
+    rng = np.random.default_rng(0)
+    seeds, images = (
+        rng.multinomial(count, np.full(count, 1 / count), DRAWS) for count in right.shape
+    )
+    return (seeds @ right * images).sum(1) / (seeds @ shown * images).sum(1)
+
+
+def save_untrained(stage: Stage, seed: int) -> None:
+    """The checkpoint of a model that has learnt nothing."""
+    if stage.checkpoint.exists():
+        return
+    register_all_modules(init_default_scope=True)
+    torch.manual_seed(seed)
+    model = MODELS.build(Config.fromfile(stage.config).model)
+    model.init_weights()
+    stage.work_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(stage.checkpoint, 'wb') as file:
+        torch.save({'state_dict': model.state_dict()}, file)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def rows_of(counts: dict[str, tuple[np.ndarray, np.ndarray]], cells: int) -> list[dict]:
+    """A row a method: accuracy, interval, times chance, and how far above MoCo-v2 it lies."""
+    drawn = {method: bootstrap(*pair) for method, pair in counts.items()}
+    rows = []
+    for method, (right, shown) in counts.items():
+        low, high = interval(drawn[method])
+        accuracy = right.sum() / shown.sum()
+        row = {
+            'features': method,
+            'accuracy': float(accuracy),
+            '95 %': f'{low:.3f}–{high:.3f}',
+            '× chance': round(float(accuracy) * cells, 1),
+            'of each seed': ', '.join(f'{share:.3f}' for share in right.sum(1) / shown.sum(1)),
+        }
+        if method != 'MoCo-v2':
+            low, high = interval(drawn[method] - drawn['MoCo-v2'])
+            row['above MoCo-v2, 95 %'] = f'{low:+.3f} to {high:+.3f}'
+        rows.append(row)
+    return rows
+
+
+def plot(rows: list[dict], chance: float) -> str:
+    """SVG of accuracies with their intervals, chance dotted."""
+    width, line, left = 560, 34, 110
+    right_end = max(float(row['95 %'].split('–')[1]) for row in rows) * 1.1
+    scale = (width - left - 20) / right_end
+    height = line * len(rows) + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for i, row in enumerate(rows):
+        y = line * i + 24
+        low, high = (left + scale * float(end) for end in row['95 %'].split('–'))
+        at, colour = left + scale * row['accuracy'], COLOURS[row['features']]
+        parts += [
+            f'<text x="8" y="{y + 4}">{row["features"]}</text>',
+            f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="{colour}" stroke-width="3"/>',
+            f'<circle cx="{at:.1f}" cy="{y}" r="5" fill="{colour}"/>',
+            f'<text x="{at:.1f}" y="{y - 9}" text-anchor="middle" font-size="11">'
+            f'{row["accuracy"]:.3f}</text>',
+        ]
+    x, bottom = left + scale * chance, height - 26
+    parts += [
+        f'<path d="M{x:.1f} 4V{bottom}" stroke="black" stroke-dasharray="2 3"/>',
+        f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">chance {chance:.3f}</text>',
+        f'<path d="M{left} {bottom}H{width - 20}" stroke="#bbb"/>',
+        '</svg>\n',
+    ]
+    return '\n'.join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--data', type=Path, help='images/, instances_train.json, instances_val.json'
+    )
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--iters', type=int, help="default: the config's")
+    parser.add_argument('--out', type=Path, help='default: work_dirs/densecl[-NAME OF THE DATA]')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default=get_device())
+    parser.add_argument('--json', type=Path, help='default: results/densecl_learning[-NAME].json')
+    parser.add_argument('--plot', type=Path, help='default: beside this file')
+    args = parser.parse_args()
+    suffix = f'-{args.data.name}' if args.data else ''
+    out = args.out or Path(f'work_dirs/densecl{suffix}')
+    data = args.data or out / 'data'
+    prepare_data(data, synthetic=args.data is None)
+
+    counts, cells = {}, None
+    for seed in range(args.seeds):
+        pair = []
+        for method, config in METHODS.items():
+            cfg = Config.fromfile(REPO / f'configs/densecl/tiny/{config}.py')
+            cfg.merge_from_dict({'randomness.seed': seed})
+            name = f'{method.lower()}-{seed}'
+            with atomic_write(out / f'{name}.py') as file:
+                file.write(cfg.pretty_text)
+            iters = args.iters or cfg.train_cfg.max_iters
+            pair.append(Stage(name, 'mmdet', out / f'{name}.py', iters, out / name))
+            keep_settings(
+                pair[-1].work_dir, {'config': config_digest(pair[-1].config), 'length': iters}
+            )
+        train(pair, data, args.device)
+        untrained = pair[0]._replace(name=f'{UNTRAINED}-{seed}', iters=0)
+        untrained = untrained._replace(work_dir=out / untrained.name)
+        save_untrained(untrained, seed)
+        for method, stage in zip([*METHODS, UNTRAINED], [*pair, untrained], strict=True):
+            cells_json = stage.work_dir / 'cells.json'
+            options = {'test_evaluator.out_file': cells_json}
+            scores = evaluate(stage, data, args.device, options)
+            counts.setdefault(method, []).append(json.loads(cells_json.read_text()))
+            cells = round(1 / scores['densecl/chance'])
+            print(f'{stage.name}: accuracy {scores["densecl/accuracy"]:.3f}', flush=True)
+    rows = rows_of(
+        {
+            method: tuple(np.array([one[key] for one in found]) for key in ('right', 'shown'))
+            for method, found in counts.items()
+        },
+        cells,
+    )
+    with atomic_write(args.plot or Path(__file__).with_name(f'learning{suffix}.svg')) as file:
+        file.write(plot(rows, 1 / cells))
+    for row in rows:
+        row |= {'iterations': 0 if row['features'] == UNTRAINED else iters, 'commit': commit()}
+    target = args.json or REPO / f'results/densecl_learning{suffix}.json'
+    with atomic_write(target) as file:
+        json.dump(rows, file, indent=1, ensure_ascii=False)
+        file.write('\n')
+    print(f'{target}; tools/build_tables.py takes it to the README')
+
+
+if __name__ == '__main__':
+    main()
