@@ -1,4 +1,7 @@
-"""The reference on two views of each image, one changed strongly, as the released code trains."""
+"""The reference on two views of each image, one changed strongly, as the released code trains.
+
+A batch is twice as large as it says.
+"""
 
 _base_ = './freesolo_r50_fpn_8xb2-30k_coco241k.py'
 

@@ -220,7 +220,12 @@ class PseudoStore:
         )
         self._manifest['hash'] = fingerprint(self._manifest['config'])
         if rank == 0:
-            self._claim()
+            try:
+                with self._room_needed():
+                    self._claim()
+            except StoreError:
+                self.close()
+                raise
 
     def pending(self) -> list[list[int]]:
         """The batches that are not committed yet."""
@@ -370,7 +375,6 @@ class PseudoStore:
             file = open(path, 'ab')
             if not _locked(file):
                 file.close()
-                self.close()
                 raise StoreError(
                     f'{self.folder}: another run is on this store: wait for its end, or give this '
                     'one a folder of its own.'
@@ -395,11 +399,7 @@ class PseudoStore:
         try:
             self._check(read_json(path))
         except ValueError as error:
-            self.close()
             raise StoreError(f'{error} Or choose another folder for the labels.') from None
-        except StoreError:
-            self.close()
-            raise
 
     def _check(self, old: Any) -> None:
         if not isinstance(old, dict) or not self._manifest.keys() <= old.keys():

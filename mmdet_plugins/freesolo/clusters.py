@@ -117,7 +117,7 @@ def write_clusters(
     path = path / LABELS if path.is_dir() else path
     data = load_coco(path)
     annotations = data['annotations']
-    embeddings = check_embeddings(str(path), len(annotations))
+    embeddings = check_embeddings(str(path), [annotation['id'] for annotation in annotations])
     clusters = cluster(embeddings, k, seed)
     images = {image['id']: image for image in data['images']}
     notices: dict[str, None] = {}

@@ -6,6 +6,7 @@ scores, and ids that rise from one to the next; and beside it ``<stem>.embedding
 """
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def _open(path: str, version: int) -> np.ndarray:
     return np.load(path, mmap_mode='r')
 
 
-def check_embeddings(ann_file: str, count: int) -> np.ndarray:
-    """The embeddings [n, E] of a pseudo-label file with ``count`` annotations.
+def check_embeddings(ann_file: str, ids: Sequence[int]) -> np.ndarray:
+    """The embeddings [n, E] of a pseudo-label file whose annotations have these ids, in order.
 
     Raises:
         FileNotFoundError, ValueError: There are none, or they are not of these annotations.
@@ -46,10 +47,16 @@ def check_embeddings(ann_file: str, count: int) -> np.ndarray:
         found = open_embeddings(str(path))
     except (OSError, ValueError) as error:
         raise ValueError(f'{path}: not a whole file of embeddings ({error}); {advice}') from None
-    if found.ndim != 2 or len(found) != count:
+    if found.ndim != 2 or len(found) != len(ids):
         raise ValueError(
-            f'{path}: an array of the shape {found.shape}, but {ann_file} has {count} '
+            f'{path}: an array of the shape {found.shape}, but {ann_file} has {len(ids)} '
             f'annotations: one of them was edited or belongs to another run; {advice}'
+        )
+    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+        raise ValueError(
+            f'{ann_file}: the ids of annotations do not rise from one to the next, so that it was '
+            'edited, and embeddings cannot be told to whom they belong: restore the file, or set '
+            'with_embeddings=False.'
         )
     return found
 
@@ -85,13 +92,7 @@ class FreeSOLODataset(OpenWorldCocoDataset):
         data = super()._read()
         if self.with_embeddings:
             ids = [annotation['id'] for annotation in data['annotations']]
-            check_embeddings(self.ann_file, len(ids))
-            if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
-                raise ValueError(
-                    f'{self.ann_file}: the ids of annotations do not rise from one to the next, so '
-                    'that it was edited, and embeddings cannot be told to whom they belong: '
-                    'restore the file, or set with_embeddings=False.'
-                )
+            check_embeddings(self.ann_file, ids)
             self._rows = {ann_id: row for row, ann_id in enumerate(ids)}
         return data
 

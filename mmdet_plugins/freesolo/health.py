@@ -39,6 +39,12 @@ RULES = {
     'width': 'too wide',
     'certainty': 'prediction below the threshold',
 }
+CAPTIONS = {
+    'Masks an image': '<b>Masks an image.</b> Share of the images; below it, their number.',
+    'Side of a mask': '<b>Side of a mask.</b> Square root of its area in pixels; share of the '
+    'masks, and their number.',
+    'Coverage': '<b>Coverage.</b> Per cent of an image that lies in any mask; share of the images.',
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class StageHealth:
 
     def figures(self) -> dict[str, str]:
         """The rows of the table, in words."""
-        counts = np.array([len(image.rles) for image in self.images])
+        counts = np.array([len(image.rles) for image in self.images], int)
         sides = self.sides_px()
         scores = np.concatenate([np.zeros(0), *(image.scores for image in self.images)])
         covered = np.array([image.coverage for image in self.images])
@@ -112,7 +118,7 @@ class StageHealth:
 
     def histograms(self) -> dict[str, list[tuple[str, int, float]]]:
         """``(bin, number, share)`` by what they count."""
-        counts = np.array([len(image.rles) for image in self.images])
+        counts = np.array([len(image.rles) for image in self.images], int)
         covered = 100 * np.array([image.coverage for image in self.images])
         return {
             'Masks an image': histogram(counts, COUNT_EDGES, whole=True),
@@ -260,14 +266,6 @@ dropped.</p>
     with atomic_write(out_html) as file:
         file.write(report_page.page(title, body))
     return Path(out_html)
-
-
-CAPTIONS = {
-    'Masks an image': '<b>Masks an image.</b> Share of the images; below it, their number.',
-    'Side of a mask': '<b>Side of a mask.</b> Square root of its area in pixels; share of the '
-    'masks, and their number.',
-    'Coverage': '<b>Coverage.</b> Per cent of an image that lies in any mask; share of the images.',
-}
 
 
 def _table(columns: Mapping[str, Mapping[str, str]]) -> str:

@@ -125,6 +125,50 @@ def test_a_pipeline_packs_what_the_head_needs(labels):
     assert len(sizes) > 1, 'pasting changes how many there are'
 
 
+def test_images_of_several_sources(labels):
+    """A file and a folder below one root: ids go on, and names lead from the root to the image."""
+    more = labels.parent / 'more'
+    more.mkdir()
+    for i in range(2):
+        cv2.imwrite(str(more / f'{i}.png'), np.zeros((8, 9, 3), np.uint8))
+    sources = [dict(ann_file=labels.name), dict(img='more')]
+    cfg = dict(type='FreeSOLOImageDataset', data_root=str(labels.parent), sources=sources)
+    found = DATASETS.build(cfg)
+    assert [image['id'] for image in found.images] == [7, 8, 9, 10, 11]
+    names = [image['file_name'] for image in found.images]
+    assert names == ['0.png', '1.png', '2.png', 'more/0.png', 'more/1.png']
+    infos = [found.get_data_info(i) for i in range(5)]
+    assert [info['img_path'] for info in infos] == [str(labels.parent / name) for name in names]
+    assert [info['position'] for info in infos] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match='the image id 7 is also in another file'):
+        DATASETS.build(cfg | dict(sources=[*sources, dict(ann_file=labels.name)]))
+
+
+def test_one_image_pastes_its_own_objects(labels):
+    edit(
+        labels,
+        lambda data: data.update(images=data['images'][:1], annotations=data['annotations'][:3]),
+    )
+    np.save(embeddings_file(labels), np.zeros((3, DIMS), np.float16))
+    mixed = DATASETS.build(
+        dict(
+            type='MultiImageMixDataset',
+            dataset=dataset(labels),
+            pipeline=[dict(type='FreeSOLOCopyPaste'), dict(type='FreeSOLOPackInputs')],
+        )
+    )
+    assert len(mixed) == 1
+    assert all(len(mixed[0]['data_samples'].gt_instances) >= 1 for _ in range(4))
+
+
+def test_no_mask_in_any_image(labels):
+    edit(labels, lambda data: data.update(annotations=[]))
+    np.save(embeddings_file(labels), np.zeros((0, DIMS), np.float16))
+    assert len(dataset(labels)) == 3
+    with pytest.raises(ValueError, match='none of its 3 images can be used: 3 have no valid obj'):
+        dataset(labels, filter_cfg=dict(filter_empty_gt=True))
+
+
 def test_without_embeddings(labels):
     embeddings_file(labels).unlink()
     results = dataset(labels, with_embeddings=False)[0]

@@ -6,11 +6,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import DATASETS, METRICS
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
 from mmdet_plugins.cli import find_config
+from mmdet_plugins.common.synthetic import make_demo_data
+from mmdet_plugins.ops.open_world import evaluate_json
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult>
 <bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"""
@@ -97,3 +100,28 @@ def test_coco_files(leaf, tmp_path, name):
     found = scored(cfg, {3: [[10, 5, 40, 30], [50, 10, 70, 30]]})
     assert found['open_world/bbox_AP'] == pytest.approx(1.0)
     assert found['open_world/bbox_AR@1'] == pytest.approx(0.5)
+
+
+def test_coarse_masks_are_scored(repo, tmp_path):
+    """Through the stock test loop; the figures are those of the masks that it writes."""
+    make_demo_data(tmp_path, num_train=2, num_val=3, size_hw=(96, 128))
+    cfg = Config.fromfile(find_config('free-mask_r50_c5_8xb1-eval_coco', repo / 'configs'))
+    tiny = Config.fromfile(find_config('free-mask_tiny_demo', repo / 'configs'))
+    cfg.model = tiny.model
+    init_default_scope('mmdet')
+    torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'weights.pth')
+    truth, found = tmp_path / 'instances_val.json', tmp_path / 'found'
+    cfg.test_dataloader.dataset.update(
+        data_root='', ann_file=str(truth), data_prefix=dict(img=f'{tmp_path}/images/')
+    )
+    cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
+    (resize,) = (step for step in cfg.test_dataloader.dataset.pipeline if step.type == 'Resize')
+    resize.scale = (256, 192)
+    cfg.test_evaluator.update(ann_file=str(truth), outfile_prefix=str(found))
+    cfg.merge_from_dict(dict(work_dir=str(tmp_path), load_from=str(tmp_path / 'weights.pth')))
+    figures = Runner.from_cfg(cfg).test()
+    results = tmp_path / 'found.segm.json'
+    assert len(json.loads(results.read_text())) > 0
+    expected = evaluate_json(truth, results)
+    for key in ('segm_AP', 'segm_AR@100', 'bbox_AP', 'bbox_AR@1'):
+        assert figures[f'open_world/{key}'] == pytest.approx(expected[key])

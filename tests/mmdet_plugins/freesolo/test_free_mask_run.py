@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATA_SAMPLERS, DATASETS, METRICS, MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
@@ -176,6 +177,10 @@ def test_killed_and_on_two_ranks_the_bytes_are_the_same(
         (dict(weights=None), 'The backbone has random weights, in whose features there are no obj'),
         (dict(model__backbone__depth=50), r'of the \d+ parameters of the backbone are'),
         (dict(model__free_mask__max_num=3), r'configuration \(model.free_mask.max_num was 20, is'),
+        (
+            dict(test_dataloader__dataset__pipeline__1__scale_factor=3.0),
+            r'configuration \(pipeline was .*2.0.*, is .*3.0',
+        ),
         (dict(test_dataloader__batch_size=2), 'begun with batches of 3, not of 2'),
     ],
 )
@@ -209,14 +214,23 @@ def test_images_of_the_same_names_are_another_configuration(
         script.run(moved, finished[1], weights)
 
 
-def test_duplicates_are_named(tmp_path, capfd):
+def test_sampler_and_metric_say_what_they_lack():
+    init_default_scope('mmdet')
+    sampler = DATA_SAMPLERS.build(dict(type='FreeSOLOPlannedBatches', sampler=None, batch_size=2))
+    with pytest.raises(RuntimeError, match="has no plan: add dict.type='FreeSOLOStoreHook'"):
+        iter(sampler)
+    with pytest.raises(RuntimeError, match="has no store: add dict.type='FreeSOLOStoreHook'"):
+        METRICS.build(dict(type='FreeSOLOStoreMetric')).process(None, [])
+
+
+def test_duplicates_are_named(tmp_path, caplog):
     init_default_scope('mmdet')
     photograph(tmp_path / 'a.png', (72, 96), 3)
     shutil.copy(tmp_path / 'a.png', tmp_path / 'b.png')
+    MMLogger.get_current_instance().addHandler(caplog.handler)
     dataset = DATASETS.build(dict(type='FreeSOLOImageDataset', data_root=str(tmp_path)))
     assert len(dataset) == 2
-    out, err = capfd.readouterr()
-    assert f'Copies among the images: 1, {tmp_path}/b.png of a.png for one' in out + err
+    assert f'Copies among the images: 1, {tmp_path}/b.png of a.png for one' in caplog.text
 
 
 def test_weights_of_init_cfg_and_of_a_detector(finished, script, images, weights, tmp_path):

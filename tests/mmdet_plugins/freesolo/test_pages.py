@@ -116,7 +116,7 @@ def test_health_of_no_images(tmp_path):
     path = tmp_path / 'none.json'
     path.write_text(json.dumps(dict(images=[], annotations=[], categories=[])))
     page = write_health({'none': path}, tmp_path, tmp_path / 'page.html').read_text()
-    assert '<td>0</td>' in page and '–' in page and 'nan' not in page
+    assert page.count('<td>0</td>') == 4 and page.count('<td>–</td>') == 4 and 'nan' not in page
 
 
 @pytest.fixture
@@ -169,6 +169,10 @@ def test_page_of_clusters(store, load_script, tmp_path, capsys):
     assert [category['name'] for category in data['categories']] == ['cluster 1', 'cluster 2']
     assert main([*arguments, '--clusters', '5']) == 1
     assert '5 clusters of 4 usable embeddings' in capsys.readouterr().err
+    content = json.loads((store / LABELS).read_text())
+    content['annotations'].reverse()
+    (store / LABELS).write_text(json.dumps(content))
+    assert main(arguments) == 1 and 'do not rise from one to the next' in capsys.readouterr().err
     (store / EMBEDDINGS).unlink()
     assert main(arguments) == 1 and 'the embeddings of' in capsys.readouterr().err
 
