@@ -188,6 +188,33 @@ def keep_settings(out: Path, settings: dict) -> None:
             json.dump(settings, file, indent=1)
 
 
+def make_stage(name: str, cfg: Config, out: Path, iters: int | None = None) -> Stage:
+    """A training of mmdet kept in ``out / name``, its config written beside that folder.
+
+    Args:
+        name: Of the stage.
+        cfg: What is trained.
+        out: Folder of the recipe.
+        iters: Length; the config's by default.
+
+    Raises:
+        SystemExit: The folder was made with another config or length.
+    """
+    stage = Stage(name, 'mmdet', out / f'{name}.py', iters or cfg.train_cfg.max_iters, out / name)
+    keep_settings(stage.work_dir, {'config': config_digest(cfg), 'length': stage.iters})
+    with atomic_write(stage.config) as file:
+        file.write(cfg.pretty_text)
+    return stage
+
+
+def write_rows(rows: list[dict], target: Path) -> None:
+    """Keep the rows of a table of ``results/``."""
+    with atomic_write(target) as file:
+        json.dump(rows, file, indent=1, ensure_ascii=False)
+        file.write('\n')
+    print(f'{target}; tools/build_tables.py takes it to the README')
+
+
 def commit() -> str:
     """Short hash of what is checked out; empty outside a repository."""
     command = ['git', 'rev-parse', '--short', 'HEAD']

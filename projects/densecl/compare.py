@@ -26,11 +26,11 @@ from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.stages import (
     Stage,
     commit,
-    config_digest,
     evaluate,
-    keep_settings,
+    make_stage,
     prepare_data,
     train,
+    write_rows,
 )
 
 REPO = Path(__file__).resolve().parents[2]
@@ -151,14 +151,7 @@ def main() -> None:
         for method, config in METHODS.items():
             cfg = Config.fromfile(REPO / f'configs/densecl/tiny/{config}.py')
             cfg.merge_from_dict({'randomness.seed': seed})
-            name = f'{method.lower()}-{seed}'
-            with atomic_write(out / f'{name}.py') as file:
-                file.write(cfg.pretty_text)
-            iters = args.iters or cfg.train_cfg.max_iters
-            pair.append(Stage(name, 'mmdet', out / f'{name}.py', iters, out / name))
-            keep_settings(
-                pair[-1].work_dir, {'config': config_digest(pair[-1].config), 'length': iters}
-            )
+            pair.append(make_stage(f'{method.lower()}-{seed}', cfg, out, args.iters))
         train(pair, data, args.device)
         untrained = pair[0]._replace(name=f'{UNTRAINED}-{seed}', iters=0)
         untrained = untrained._replace(work_dir=out / untrained.name)
@@ -180,12 +173,12 @@ def main() -> None:
     with atomic_write(args.plot or Path(__file__).with_name(f'learning{suffix}.svg')) as file:
         file.write(plot(rows, 1 / cells))
     for row in rows:
-        row |= {'iterations': 0 if row['features'] == UNTRAINED else iters, 'commit': commit()}
+        row |= {
+            'iterations': 0 if row['features'] == UNTRAINED else pair[0].iters,
+            'commit': commit(),
+        }
     target = args.json or REPO / f'results/densecl_learning{suffix}.json'
-    with atomic_write(target) as file:
-        json.dump(rows, file, indent=1, ensure_ascii=False)
-        file.write('\n')
-    print(f'{target}; tools/build_tables.py takes it to the README')
+    write_rows(rows, target)
 
 
 if __name__ == '__main__':

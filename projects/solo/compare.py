@@ -17,15 +17,14 @@ from statistics import mean, stdev
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.stages import (
     Stage,
     commit,
-    config_digest,
     evaluate,
-    keep_settings,
+    make_stage,
     prepare_data,
     train,
+    write_rows,
 )
 
 REPO = Path(__file__).resolve().parents[2]
@@ -77,13 +76,7 @@ def main() -> None:
                 cfg = Config.fromfile(REPO / 'configs' / methods[method].format(infix))
                 cfg.merge_from_dict({'randomness.seed': seed})
                 name = f'{method.lower().replace(" ", "-")}-{side}-{seed}'
-                with atomic_write(out / f'{name}.py') as file:
-                    file.write(cfg.pretty_text)
-                iters = args.iters or cfg.train_cfg.max_iters
-                pair.append(Stage(name, 'mmdet', out / f'{name}.py', iters, out / name))
-                keep_settings(
-                    pair[-1].work_dir, {'config': config_digest(pair[-1].config), 'length': iters}
-                )
+                pair.append(make_stage(name, cfg, out, args.iters))
             train(pair, data, args.device)
             for side, stage in zip(SIDES, pair, strict=True):
                 scores = evaluate(stage, data, args.device)
@@ -107,10 +100,7 @@ def main() -> None:
             }
         )
     target = args.json or REPO / f'results/solo_learning{suffix}.json'
-    with atomic_write(target) as file:
-        json.dump(table, file, indent=1, ensure_ascii=False)
-        file.write('\n')
-    print(f'{target}; tools/build_tables.py takes it to the README')
+    write_rows(table, target)
 
 
 if __name__ == '__main__':

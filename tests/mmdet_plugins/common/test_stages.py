@@ -5,7 +5,13 @@ import json
 import pytest
 from mmengine.config import Config
 
-from mmdet_plugins.common.stages import config_digest, data_options, keep_settings, prepare_data
+from mmdet_plugins.common.stages import (
+    config_digest,
+    data_options,
+    keep_settings,
+    make_stage,
+    prepare_data,
+)
 
 
 def test_only_what_a_config_reads_is_redirected(tmp_path):
@@ -31,6 +37,20 @@ def test_a_folder_keeps_its_settings(tmp_path):
     with pytest.raises(SystemExit, match='made with another length'):
         keep_settings(tmp_path, {'config': 'a', 'length': 4})
     assert json.loads((tmp_path / 'settings.json').read_text()) == {'config': 'a', 'length': 3}
+
+
+def test_a_stage_is_its_config_written_out_and_kept(tmp_path):
+    cfg = Config(dict(train_cfg=dict(max_iters=7), a=1))
+    stage = make_stage('toy', cfg, tmp_path)
+    assert stage.checkpoint == tmp_path / 'toy/iter_7.pth'
+    assert Config.fromfile(stage.config).a == 1
+    assert make_stage('toy', cfg, tmp_path) == stage
+    with pytest.raises(SystemExit, match='made with another length'):
+        make_stage('toy', cfg, tmp_path, iters=8)
+    cfg.a = 2
+    with pytest.raises(SystemExit, match='made with another config'):
+        make_stage('toy', cfg, tmp_path)
+    assert Config.fromfile(stage.config).a == 1
 
 
 def test_a_digest_is_of_what_a_config_says(tmp_path):
