@@ -9,12 +9,14 @@ metainfo = dict(classes=classes, thing_classes=classes[:5], stuff_classes=classe
 model = dict(
     type='SOLOPanopticSegmentor',
     data_preprocessor=dict(pad_seg=True, seg_pad_value=255),
-    mask_head=dict(num_classes=5),
+    backbone=dict(base_channels=32, stem_channels=32),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    mask_head=dict(num_classes=5, in_channels=64),
     semantic_head=dict(
         type='SOLOSemanticHead',
         num_things_classes=5,
         num_stuff_classes=3,
-        in_channels=32,
+        in_channels=64,
         inner_channels=32,
         norm_cfg=dict(type='GN', num_groups=8),
         loss_seg=dict(
