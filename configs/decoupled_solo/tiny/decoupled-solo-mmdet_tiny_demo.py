@@ -1,6 +1,6 @@
 """mmdet's Decoupled SOLO, peer of ``decoupled-solo_tiny_demo.py``: same network, trained alike."""
 
-_base_ = './decoupled-solo_tiny_demo.py'
+_base_ = '../../solo/tiny/solo_tiny_demo.py'
 
 model = dict(
     mask_head=dict(
@@ -28,3 +28,4 @@ model = dict(
         max_per_img=100,
     ),
 )
+train_cfg = dict(max_iters=2000)
