@@ -21,6 +21,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 
 from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.stages import (
@@ -60,6 +61,7 @@ def save_untrained(stage: Stage, seed: int) -> None:
     if stage.checkpoint.exists():
         return
     register_all_modules(init_default_scope=True)
+    MMLogger.get_current_instance().setLevel('WARNING')
     torch.manual_seed(seed)
     model = MODELS.build(Config.fromfile(stage.config).model)
     model.init_weights()
