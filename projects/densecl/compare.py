@@ -37,7 +37,7 @@ from mmdet_plugins.common.stages import (
 )
 
 REPO = Path(__file__).resolve().parents[2]
-METHODS = {'DenseCL': 'densecl-c5_tiny_demo', 'MoCo-v2': 'moco-v2-c5_tiny_demo'}
+METHODS = {'DenseCL': 'densecl-c3_tiny_demo', 'MoCo-v2': 'moco-v2-c3_tiny_demo'}
 UNTRAINED = 'untrained'
 DRAWS = 10000
 COLOURS = {'DenseCL': '#1b7f5c', 'MoCo-v2': '#b3541e', UNTRAINED: '#777777'}
