@@ -1,8 +1,8 @@
 """DenseCL on small features of stride 8: what ``projects/densecl/compare.py`` trains.
 
 Deeper thin networks on small views know the place of a cell by their padding, and match places
-(``densecl/same_place``). The queue is shorter than the hook would have it: of half the images, where
-they are few, too many keys are of the very image that is asked for.
+(``densecl/same_place``). The queue is shorter than the hook would have it: where images are few,
+too many keys of half of them are of the very image that is asked for.
 """
 
 _base_ = './densecl_tiny_demo.py'
