@@ -7,8 +7,9 @@ the updates, initialisation of the heads). MoCo-v2 is the same model with ``dens
 
 Deviations: the logits of queries and queue exist nowhere (``ops/contrastive.py``); shuffling BN
 exchanges each sample with one other rank instead of gathering all images and all backbone features
-on every rank, and does nothing where there is one rank; without the dense term its branch is not
-computed, so that its queue is not filled either.
+on every rank, and does nothing where there is one rank; a model built without the dense term never
+computes its branch. As released, queries come from the first view and keys from the second, not the
+other way round as well.
 """
 
 from .hooks import DenseCLQueueSizeHook, DenseCLWarmupHook

@@ -11,13 +11,15 @@ from ..common.files import atomic_write
 
 @METRICS.register_module()
 class DenseCLCorrespondence(BaseMetric):
-    """Share of the cells that both views show which are matched with the cell of the same point.
+    """Share of the moved cells that are matched with the cell of the same point.
 
-    Neither mmdet nor mmengine has it. ``accuracy`` is over the cells of all images, ``chance`` that
-    of a match drawn from the S^2 cells, ``times_chance`` their ratio.
+    Neither mmdet nor mmengine has it. ``accuracy`` is over the cells of all images that both views
+    show in different places (see :meth:`.DenseCL.predict`), ``chance`` that of a match drawn from
+    the S^2 cells, ``times_chance`` their ratio. ``same_place`` is the share of all cells that are
+    matched with the cell in their own place: near 1, the features tell places and not what is seen.
 
     Args:
-        out_file: Where to write each image's ``right`` and ``shown``, in the order of the images.
+        out_file: Where to write each image's ``right`` and ``moved``, in the order of the images.
         **kwargs: As for mmengine's ``BaseMetric``.
     """
 
@@ -33,8 +35,13 @@ class DenseCLCorrespondence(BaseMetric):
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         if self.out_file:
             with atomic_write(self.out_file) as file:
-                json.dump({key: [one[key] for one in results] for key in ('right', 'shown')}, file)
-        shown = sum(one['shown'] for one in results)
-        accuracy = sum(one['right'] for one in results) / max(shown, 1)
-        cells = results[0]['cells']
-        return dict(accuracy=accuracy, chance=1 / cells, times_chance=accuracy * cells)
+                json.dump({key: [one[key] for one in results] for key in ('right', 'moved')}, file)
+        total = {key: sum(one[key] for one in results) for key in ('right', 'moved', 'stayed')}
+        cells, pairs = results[0]['cells'], results[0]['pairs']
+        accuracy = total['right'] / max(total['moved'], 1)
+        return dict(
+            accuracy=accuracy,
+            chance=1 / cells,
+            times_chance=accuracy * cells,
+            same_place=total['stayed'] / (len(results) * pairs * cells),
+        )

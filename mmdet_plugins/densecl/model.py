@@ -282,23 +282,28 @@ class DenseCL(BaseModel):
     def predict(self, inputs: Tensor, frames_xyxy: Tensor) -> list[dict[str, int]]:
         """Correspondence by the backbone's features against the geometry of the views.
 
+        Only cells count whose point has moved to another cell: features that know where in the view
+        they are, by the zeros that convolutions pad with, would find the others without a look at
+        the image.
+
         Returns:
             Of each image, over its pairs: ``right``, the cells of the first view matched with the
-            cell of the second that shows the same point; ``shown``, those that both views show;
-            ``cells``, S^2.
+            cell of the second that shows the same point; ``moved``, those that both views show, in
+            different cells; ``stayed``, the cells matched with the one in their own place;
+            ``cells``, S^2; ``pairs``.
         """
         grids = [self.head.to_grid(self.backbone(view)[-1]) for view in inputs]
-        match, truth = [], []
+        side, counts = self.head.grid_size, []
+        own = torch.arange(side**2, device=inputs.device)
         for i in range(0, len(grids), 2):
-            match.append(match_cells(*grids[i : i + 2]))
-            truth.append(true_cells(*frames_xyxy[:, i : i + 2].unbind(1), self.head.grid_size))
-        match, truth = torch.cat(match, 1), torch.cat(truth, 1)
-        cells = self.head.grid_size**2
+            match = match_cells(*grids[i : i + 2])
+            truth = true_cells(*frames_xyxy[:, i : i + 2].unbind(1), side)
+            moved = (truth >= 0) & (truth != own)
+            kinds = ((match == truth) & moved, moved, match == own)
+            counts.append(torch.stack([kind.sum(1) for kind in kinds], 1))
         return [
-            dict(right=right, shown=shown, cells=cells)
-            for right, shown in zip(
-                (match == truth).sum(1).tolist(), (truth >= 0).sum(1).tolist(), strict=True
-            )
+            dict(right=right, moved=moved, stayed=stayed, cells=side**2, pairs=len(counts))
+            for right, moved, stayed in torch.stack(counts).sum(0).tolist()
         ]
 
     def _encode(self, backbone: nn.Module, head: DenseCLHead, images: Tensor) -> _Encoded:

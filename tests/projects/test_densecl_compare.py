@@ -19,9 +19,9 @@ def tool(load_script):
 def test_intervals_of_known_spreads(tool):
     """Images of 100 cells each right with p = 0.5: a spread of 0.05 an image, over 400 images."""
     rng = np.random.default_rng(0)
-    shown = np.full((3, 400), 100)
+    moved = np.full((3, 400), 100)
     good, bad = (rng.binomial(100, p, (1, 400)).repeat(3, 0) for p in (0.5, 0.3))
-    rows = tool.rows_of({'DenseCL': (good, shown), 'MoCo-v2': (bad, shown)}, 10)
+    rows = tool.rows_of({'DenseCL': (good, moved), 'MoCo-v2': (bad, moved)}, 10)
     assert rows[0]['accuracy'] == pytest.approx(0.5, abs=0.01) and rows[0]['× chance'] == 5.0
     low, high = map(float, rows[0]['95 %'].split('–'))
     assert high - low == pytest.approx(2 * 1.96 * 0.05 / 20, rel=0.15)
@@ -30,7 +30,7 @@ def test_intervals_of_known_spreads(tool):
     assert 'above MoCo-v2, 95 %' not in rows[1]
     # Seeds that differ widen the interval: those of 0.4, 0.5 and 0.6 to the extremes.
     seeds = np.stack([np.full(400, right) for right in (40, 50, 60)])
-    low, high = tool.interval(tool.bootstrap(seeds, shown))
+    low, high = tool.interval(tool.bootstrap(seeds, moved))
     assert low == pytest.approx(0.4, abs=0.04) and high == pytest.approx(0.6, abs=0.04)
 
 

@@ -229,24 +229,31 @@ def test_agreement_is_counted_where_both_views_show_the_point():
 
 
 def test_predictions_are_counted_per_image_over_its_pairs():
-    """Two pairs: a view and itself; a view and a black one, said to show nothing of it."""
+    """A view and itself, said to show the same, the mirror image, or another part of the image."""
+
+    class Pixels(torch.nn.Module):
+        def forward(self, images):
+            return (images,)
+
     model = build().eval()
+    model.backbone = Pixels()
     inputs = batch(0, 2)['inputs'].repeat(1, 2, 1, 1, 1)
-    inputs[:, 1], inputs[:, 3] = inputs[:, 0], 0
-    whole, part = [0.0, 0.0, 40.0, 32.0], [40.0, 0.0, 80.0, 32.0]
-    frames = torch.tensor([[whole, whole, whole, part]]).repeat(2, 1, 1)
+    inputs[:, 1] = inputs[:, 2] = inputs[:, 3] = inputs[:, 0]
+    whole, mirror, other = [0.0, 0.0, 40.0, 32.0], [40.0, 0.0, 0.0, 32.0], [40.0, 0.0, 80.0, 32.0]
+    frames = torch.tensor([[whole, whole, whole, mirror], [whole, mirror, whole, other]])
     found = model.test_step(dict(inputs=inputs, frames_xyxy=frames))
-    assert found == [dict(right=9, shown=9, cells=9)] * 2
-    frames[1, 3] = torch.tensor(whole)
+    alike = dict(right=0, moved=6, stayed=18, cells=9, pairs=2)  # a mirror keeps the middle column
+    assert found == [alike, alike]
+    inputs[1, 1] = inputs[1, 0].flip(2)
     found = model.test_step(dict(inputs=inputs, frames_xyxy=frames))
-    assert [one['shown'] for one in found] == [9, 18] and found[1]['right'] < 18
+    assert found == [alike, alike | dict(right=6, stayed=12)]
     metric = METRICS.build(dict(type='DenseCLCorrespondence'))
     metric.process({}, found)
-    right = sum(one['right'] for one in found)
     assert metric.evaluate(2) == {
-        'densecl/accuracy': right / 27,
+        'densecl/accuracy': 6 / 12,
         'densecl/chance': 1 / 9,
-        'densecl/times_chance': pytest.approx(right / 3),
+        'densecl/times_chance': 4.5,
+        'densecl/same_place': 30 / 36,
     }
 
 
