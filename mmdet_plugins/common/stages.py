@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
@@ -161,12 +161,13 @@ def evaluate(
     return json.loads(found[-1].read_text())
 
 
-def prepare_data(data: Path, synthetic: bool) -> None:
+def prepare_data(data: Path, synthetic: bool, **scenes: Any) -> None:
+    """See that a data set is there; make it, of ``scenes`` as ``make_demo_data`` takes them."""
     wanted = [data / name for name in ('images', 'instances_train.json', 'instances_val.json')]
     # The validation file is written last.
     if synthetic and not wanted[-1].exists():
         print(f'making the synthetic data set in {data}', flush=True)
-        make_demo_data(data)
+        make_demo_data(data, **scenes)
     for path in wanted:
         if not path.exists():
             raise SystemExit(f'{path} is missing; --help shows the layout of a data set')
