@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
@@ -187,6 +188,12 @@ def keep_settings(out: Path, settings: dict) -> None:
     else:
         with atomic_write(path) as file:
             json.dump(settings, file, indent=1)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation of the values of several seeds."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f'{mean(values):.{digits}f} ± {deviation:.{digits}f}'
 
 
 def commit() -> str:

@@ -36,6 +36,7 @@ from mmdet_plugins.common.stages import (
 from mmdet_plugins.ops.open_world import evaluate_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+SCENES = dict(size_hw=(128, 160), large=True)
 SIZE = dict(scale=(256, 192), keep_ratio=True)
 METRICS = ('segm_AP', 'segm_AP50', 'segm_AR@10', 'segm_AR@100', 'bbox_AR@100')
 
@@ -56,7 +57,7 @@ class Recipe:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.iters = args.device, args.iters
+        self.device, self.iters, self.seed = args.device, args.iters, args.seed
         self.out = args.out or Path('work_dirs') / (
             f'freesolo-{args.data.name}' if args.data else 'freesolo'
         )
@@ -65,10 +66,9 @@ class Recipe:
         self.data = (args.data or self.out / 'data').resolve()
         self.labelled = args.data is None or (self.data / 'instances_train.json').exists()
         if self.labelled:
-            prepare_data(self.data, synthetic=args.data is None)
+            prepare_data(self.data, synthetic=args.data is None, **SCENES)
         self.out = self.out.resolve()
         self.bounded = args.data is not None
-        keep_settings(self.out, {'length of training': self.iters})
         self.train_source, self.val_source = (
             dict(ann_file=f'instances_{split}.json', img='images/')
             if self.labelled
@@ -76,10 +76,12 @@ class Recipe:
             for split in ('train', 'val')
         )
 
-    def config(self, name: str, base: str, changes: Mapping[str, Any]) -> Path:
+    def config(self, name: str, base: str, changes: Mapping[str, Any]) -> tuple[Path, Config]:
         """Write a shipped config with changes."""
         cfg = Config.fromfile(CONFIGS / f'{base}.py')
-        cfg.merge_from_dict(dict(changes))
+        cfg.merge_from_dict({'randomness.seed': self.seed, **changes})
+        if self.iters and 'train_cfg' in cfg:
+            cfg.train_cfg.max_iters = self.iters
         if base.startswith('freesolo/tiny/freesolo'):
             if self.bounded:
                 for part in ('train', 'val', 'test'):
@@ -90,11 +92,12 @@ class Recipe:
         path = self.out / f'{name}.py'
         with atomic_write(path) as file:
             file.write(cfg.pretty_text)
-        return path
+        return path, cfg
 
     def trained(self, name: str, base: str, changes: Mapping[str, Any]) -> Stage:
         """Train through ``mim train``, unless that is done."""
-        stage = Stage(name, 'mmdet', self.config(name, base, changes), self.iters, self.out / name)
+        path, cfg = self.config(name, base, changes)
+        stage = Stage(name, 'mmdet', path, cfg.train_cfg.max_iters, self.out / name)
         train([stage], self.data, self.device)
         return stage
 
@@ -102,7 +105,7 @@ class Recipe:
         """Fill a store of pseudo-labels through ``mim test``, unless it is full."""
         folder = self.out / name / 'store'
         labels = folder / 'pseudo_labels.json'
-        config = self.config(
+        config, _ = self.config(
             name,
             base,
             {
@@ -233,8 +236,9 @@ def main() -> None:
     )
     parser.add_argument('--data', type=Path, help='a folder of photographs')
     parser.add_argument('--out', type=Path, help='default: work_dirs/freesolo[-NAME OF THE DATA]')
-    parser.add_argument('--iters', type=int, default=300, help='of every training')
+    parser.add_argument('--iters', type=int, help="of every training; default: the configs'")
     parser.add_argument('--iterations', type=int, default=2, help='trainings of the segmenter')
+    parser.add_argument('--seed', type=int, default=0, help='of every training')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default=get_device())
     parser.add_argument('--fresh', action='store_true', help='forget what was done before')
     args = parser.parse_args()
