@@ -202,7 +202,7 @@ def test_builds_and_takes_a_training_step(name, tmp_path, monkeypatch, stepped):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     cfg = Config.fromfile(LEAVES[name])
-    if 'train_dataloader' not in cfg:
+    if not cfg.get('train_dataloader'):
         init_default_scope(cfg.default_scope)
         return take_test_step(cfg)
     model_and_optimiser = str(cfg.model) + str(cfg.optim_wrapper)

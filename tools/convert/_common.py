@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,18 +33,34 @@ class CocoFile:
         return image_id
 
     def add_instance(self, image_id: int, category: str, rle: RLE) -> None:
-        x1, y1, x2, y2 = rle_to_xyxy([rle])[0].tolist()
+        self.add_box(
+            image_id,
+            category,
+            rle_to_xyxy([rle])[0].tolist(),
+            area=int(area([rle])[0]),
+            segmentation=rle,
+        )
+
+    def add_box(
+        self,
+        image_id: int,
+        category: str,
+        box_xyxy: Sequence[float],
+        **fields: Any,
+    ) -> None:
+        """An object whose area is its box's; ``fields`` are added, or take the place of others."""
+        x1, y1, x2, y2 = box_xyxy
         category_id = self.category_ids.setdefault(category, len(self.category_ids) + 1)
         self.annotations.append(
             dict(
                 id=len(self.annotations) + 1,
                 image_id=image_id,
                 category_id=category_id,
-                segmentation=rle,
                 bbox=[x1, y1, x2 - x1, y2 - y1],
-                area=int(area([rle])[0]),
+                area=(x2 - x1) * (y2 - y1),
                 iscrowd=0,
             )
+            | fields
         )
 
     def write(self, path: str) -> int:

@@ -1,7 +1,13 @@
 """Free Mask on the last features of ResNet-50 (section 6.2.2); weights come by ``--checkpoint``."""
 
 custom_imports = dict(
-    imports=['mmdet_plugins.common.runtime', 'mmdet_plugins.freesolo'], allow_failed_imports=False
+    imports=[
+        'mmdet_plugins.common.runtime',
+        'mmdet_plugins.common.datasets',
+        'mmdet_plugins.common.open_world_metric',
+        'mmdet_plugins.freesolo',
+    ],
+    allow_failed_imports=False,
 )
 
 model = dict(

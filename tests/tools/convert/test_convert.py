@@ -151,3 +151,22 @@ def test_bbbc038(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run('bbbc038_to_coco', tmp_path / 'out', tmp_path / 'again')
     assert 'no folders ID/images' in capsys.readouterr().err
+
+
+def test_subset(run, tmp_path, capsys):
+    images = [dict(id=7 * i, file_name=f'COCO_{i}.jpg', height=4, width=6) for i in range(3)]
+    annotations = [
+        dict(id=i, image_id=7 * (i % 3), category_id=1, bbox=[0, 0, 2, 2], area=4) for i in range(5)
+    ]
+    whole, names, out = tmp_path / 'all.json', tmp_path / 'names.txt', tmp_path / 'part.json'
+    content = dict(images=images, annotations=annotations, categories=[dict(id=1, name='cat')])
+    whole.write_text(json.dumps(content))
+    names.write_text('train2014/COCO_2.jpg\nCOCO_0.jpg\n')
+    assert run('coco_subset', whole, names, out) == 0
+    part = json.loads(out.read_text())
+    assert part['images'] == [images[0], images[2]] and part['categories'] == content['categories']
+    assert [found['id'] for found in part['annotations']] == [0, 2, 3]
+    names.write_text('COCO_2.jpg\nCOCO_9.jpg')
+    out.unlink()
+    assert run('coco_subset', whole, names, out) == 1 and not out.exists()
+    assert "1 of them are not in it, 'COCO_9.jpg'" in capsys.readouterr().err
