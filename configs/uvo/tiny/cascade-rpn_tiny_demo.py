@@ -4,7 +4,7 @@ _base_ = [
     '../_base_/cascade_rpn_r50_fpn.py',
     '../../_base_/tiny/demo_detection.py',
     '../../_base_/tiny/demo_schedule.py',
-    'mmdet::_base_/default_runtime.py',
+    '../../_base_/tiny/runtime.py',
 ]
 
 model = dict(
@@ -32,9 +32,4 @@ model = dict(
         norm_cfg=dict(num_groups=8),
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
-)
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
 )

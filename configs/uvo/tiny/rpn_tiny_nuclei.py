@@ -7,7 +7,7 @@ _base_ = [
     '../_base_/rpn_r50_fpn.py',
     '../../_base_/tiny/nuclei_detection.py',
     '../../_base_/tiny/demo_schedule.py',
-    'mmdet::_base_/default_runtime.py',
+    '../../_base_/tiny/runtime.py',
 ]
 
 model = dict(
@@ -16,8 +16,4 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000)),
 )
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=1),
-)
+default_hooks = dict(checkpoint=dict(interval=50))
