@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there."""
+"""Checkpoints that are either whole or not there; the model behind its wrapper."""
 
 import contextlib
 import copy
@@ -10,11 +10,18 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.fileio import BaseStorageBackend, LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from torch import nn
 
 from mmdet_plugins.common.files import atomic_write
 
 _BOOKKEEPING = ('keep_ckpt_ids', 'last_ckpt', 'best_ckpt_path', 'best_ckpt_path_dict')
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whether or not a wrapper shares it between ranks."""
+    return model.module if is_model_wrapper(model) else model
 
 
 @register_backend('atomic_local')

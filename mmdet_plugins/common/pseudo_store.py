@@ -6,7 +6,7 @@ and after any interruption. ``shards/*.jsonl`` grow by one record an image and o
 a batch; ``shards/*.f16`` hold the embeddings. What is not committed does not count: its batch is
 done again, whole. Once every batch is there, ``pseudo_labels.json`` (COCO, ordered by image) and
 ``pseudo_labels.embeddings.npy`` (float16, a row for each annotation, in their order) are written,
-and the manifest gets a status for each image.
+and the manifest gets a status for each image, and what each rule dropped there.
 """
 
 import fcntl
@@ -134,6 +134,17 @@ def find_copies(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
             if original is not path:
                 copies.append((path, original))
     return copies
+
+
+def digest_images(paths: Sequence[Path], count: int = 64) -> str:
+    """A hash of what is in so many files, spread evenly over the list; those missing count too."""
+    digest = hashlib.sha256()
+    for i in sorted({i * len(paths) // count for i in range(count)}) if paths else ():
+        try:
+            digest.update(hashlib.sha256(paths[i].read_bytes()).digest())
+        except OSError:
+            digest.update(b'missing')
+    return digest.hexdigest()[:16]
 
 
 def _entry(number: int, path: Path, folder: str | os.PathLike) -> dict:
@@ -315,7 +326,7 @@ class PseudoStore:
         separator = '\n'
         with _Shards() as shards:
             for position, image in enumerate(self.images):
-                reason = image.get('unreadable')
+                reason, record = image.get('unreadable'), {}
                 if position in place:
                     shard, (start, stop) = place[position]
                     record = json.loads(shards.read(shard, start, stop))
@@ -333,13 +344,16 @@ class PseudoStore:
                     for rule, number in record.get('dropped', {}).items():
                         counts[f'dropped_{rule}'] += number
                 if reason is not None:
-                    statuses.append(dict(status='unreadable', unreadable=reason))
+                    status: dict = dict(status='unreadable', unreadable=reason)
                     counts['unreadable'] += 1
                 elif record['objects']:
-                    statuses.append(dict(status='done'))
+                    status = dict(status='done')
                 else:
-                    statuses.append(dict(status='without masks'))
+                    status = dict(status='without masks')
                     counts['without_masks'] += 1
+                if 'dropped' in record:
+                    status['dropped'] = record['dropped']
+                statuses.append(status)
         labels.write('\n], "images": [')
         separator = '\n'
         for image, status in zip(self.images, statuses, strict=True):
@@ -365,6 +379,9 @@ class PseudoStore:
                 file.close()
             else:
                 self._locks.append(file)
+        for name in ('manifest.json', LABELS, EMBEDDINGS):  # of a run that was killed as it wrote
+            for leftover in self.folder.glob(f'.{name}.*.tmp'):
+                leftover.unlink()
         path = self.folder / 'manifest.json'
         if not path.exists():
             if shards:
@@ -375,8 +392,6 @@ class PseudoStore:
             with atomic_write(path) as file:
                 json.dump(self._manifest, file)
             return
-        for leftover in self.folder.glob('.*.tmp'):  # of a run that was killed as it finished
-            leftover.unlink()
         try:
             self._check(read_json(path))
         except ValueError as error:

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 Curve = Sequence[tuple[int, float]]
-Bins = Sequence[tuple[str, int, float]]
+Bins = Sequence[tuple[str, int, float]]  # label, count, value from 0 to 1
 
 WIDTH, HEIGHT = 420, 280
 LEFT, RIGHT, TOP, BOTTOM = 34, 410, 14, 236  # of a plot's axes
@@ -89,7 +89,7 @@ Results of <b>{escape(first)}</b>{beside and f' beside {beside[2:]}'}.</p>
 <figure>{curve_plot(curves, top)}
 <figcaption><b>AR over the number of predictions.</b> Average {kind} recall at IoU 0.50 to 0.95 when
 each image may give its <i>k</i> best-scored predictions.</figcaption></figure>
-<figure>{bin_plot(bins, top)}
+<figure>{bar_plot('AR@100 by object size', bins, top)}
 <figcaption><b>AR@100 by object size.</b> Square root of the object’s area in pixels; below it, how
 many objects there are.</figcaption></figure>
 </div>
@@ -100,6 +100,11 @@ many objects there are.</figcaption></figure>
 </section>
 {gallery(groups, notices, kind)}
 """
+    return page(title, body)
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained document of which ``body`` is what it shows, in the report's style."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -249,30 +254,30 @@ def curve_plot(curves: Mapping[str, Curve], top: float) -> str:
     return svg('AR over the number of predictions', ''.join(parts))
 
 
-def bin_plot(bins: Mapping[str, Bins], top: float) -> str:
-    """AR@100 of each size as bars, one a set of results."""
-    sizes = [(label, count) for label, count, _ in next(iter(bins.values()))]
-    if not sizes:
-        return svg('AR@100 by object size', f'{rules(top)}<text x="220" y="125">no objects</text>')
+def bar_plot(label: str, bins: Mapping[str, Bins], top: float) -> str:
+    """A bar for each bin and name; under each bin, what the first name's ``count`` is."""
+    first = next(iter(bins.values()))
+    if not first:
+        return svg(label, f'{rules(top)}<text x="220" y="125">no objects</text>')
     parts = [rules(top)]
-    pitch = (RIGHT - LEFT) / len(sizes)
+    pitch = (RIGHT - LEFT) / len(first)
     width = min(22.0, 0.76 * pitch / len(bins))
-    for j, (label, count) in enumerate(sizes):
+    for j, (place, count, _) in enumerate(first):
         middle = LEFT + (j + 0.5) * pitch
         parts.append(
-            f'<text x="{middle:.1f}" y="{BOTTOM + 18}">{escape(label)}</text>'
+            f'<text x="{middle:.1f}" y="{BOTTOM + 18}">{escape(place)}</text>'
             f'<text class="soft" x="{middle:.1f}" y="{BOTTOM + 34}">{count:,}</text>'
         )
         for i, (name, rows) in enumerate(bins.items()):
-            recall = rows[j][2]
-            height = recall / top * (BOTTOM - TOP)
+            value = rows[j][2]
+            height = value / top * (BOTTOM - TOP)
             x = middle + (i - len(bins) / 2) * width
             parts.append(
                 f'<rect class="s{i % 5}" x="{x + 0.5:.1f}" y="{BOTTOM - height:.1f}" '
                 f'width="{width - 1:.1f}" height="{height:.1f}">'
-                f'<title>{escape(name)}, {escape(label)} px: {recall:.3f}</title></rect>'
+                f'<title>{escape(name)}, {escape(place)}: {value:.3f}</title></rect>'
             )
-    return svg('AR@100 by object size', ''.join(parts))
+    return svg(label, ''.join(parts))
 
 
 def gallery(groups: Mapping[str, Sequence[Card]], notices: Sequence[str], kind: str) -> str:
@@ -290,7 +295,6 @@ def gallery(groups: Mapping[str, Sequence[Card]], notices: Sequence[str], kind: 
         f'<span>{name}</span></label>'
         for key, name in views.items()
     )
-    notes = ''.join(f'<li>{escape(notice)}</li>' for notice in notices)
     sections = ''.join(
         f'<h3>{heading}</h3><div class="cards">{"".join(map(card_html, cards))}</div>'
         for heading, cards in groups.items()
@@ -300,10 +304,18 @@ def gallery(groups: Mapping[str, Sequence[Card]], notices: Sequence[str], kind: 
 <p>Filled: an object and the {kind} that found it, in the same colour on both sides. White outline:
 an object that was missed, or a prediction without a partner, which in an open world may still be
 right. Best and worst are by the image’s own AR@100.</p>
-{f'<div class="notice"><b>Trouble with image files</b><ul>{notes}</ul></div>' if notes else ''}
+{trouble(notices)}
 <fieldset class="switch"><legend>Show</legend>{switch}</fieldset>
 {sections}
 </section>"""
+
+
+def trouble(notices: Sequence[str]) -> str:
+    """What is wrong with image files, if anything."""
+    notes = ''.join(f'<li>{escape(notice)}</li>' for notice in notices)
+    return f'<div class="notice"><b>Trouble with image files</b><ul>{notes}</ul></div>' * bool(
+        notes
+    )
 
 
 def card_html(card: Card) -> str:

@@ -3,14 +3,14 @@
 from mmdet.registry import HOOKS
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
+from ..common.hooks import unwrapped
 from .model import DenseCL
 
 
 def _model(runner) -> DenseCL:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return unwrapped(runner.model)
 
 
 @HOOKS.register_module()

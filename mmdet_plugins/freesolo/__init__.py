@@ -6,9 +6,10 @@ NVlabs/FreeSOLO, for non-commercial use: constants and behaviour are taken from 
 
 Deviations: the released code trains without the embeddings (its ``loss_embed`` is zero) and on two
 views of each image, one with strong photometric changes and erased regions; the thesis has the
-embeddings and copy-paste alone, and so has this. Losses of masks are means over all cells of the
-batch, not over levels. Pairs of pixels are counted in the box of a coarse mask, as in BoxInst; the
-released code leaves out rows and columns that the mask does not touch.
+embeddings and copy-paste alone, and so has this unless asked (:class:`.FreeSOLOTwoViews`). Losses
+of masks are means over all cells of the batch, not over levels. Pairs of pixels are counted in the
+box of a coarse mask, as in BoxInst; the released code leaves out rows and columns that the mask
+does not touch.
 """
 
 from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
@@ -21,13 +22,19 @@ from .hooks import FreeSOLOTransferHook
 from .label_store import (
     FreeSOLOImageDataset,
     FreeSOLOLoadImage,
+    FreeSOLOPackImage,
     FreeSOLOPlannedBatches,
     FreeSOLOStoreHook,
     FreeSOLOStoreMetric,
 )
 from .losses import FreeSOLOWeakMaskLoss
 from .preprocessor import FreeSOLODataPreprocessor
-from .transforms import FreeSOLOCopyPaste, FreeSOLOLoadAnnotations, FreeSOLOPackInputs
+from .transforms import (
+    FreeSOLOCopyPaste,
+    FreeSOLOLoadAnnotations,
+    FreeSOLOPackInputs,
+    FreeSOLOTwoViews,
+)
 
 __all__ = [
     'FreeSOLOCopyPaste',
@@ -39,11 +46,13 @@ __all__ = [
     'FreeSOLOImageDataset',
     'FreeSOLOLoadAnnotations',
     'FreeSOLOLoadImage',
+    'FreeSOLOPackImage',
     'FreeSOLOPackInputs',
     'FreeSOLOPlannedBatches',
     'FreeSOLOStoreHook',
     'FreeSOLOStoreMetric',
     'FreeSOLOTransferHook',
+    'FreeSOLOTwoViews',
     'FreeSOLOWeakMaskLoss',
     'SOLODiceLoss',
     'SOLODynamicHead',

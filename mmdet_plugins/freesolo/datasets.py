@@ -32,6 +32,28 @@ def _open(path: str, version: int) -> np.ndarray:
     return np.load(path, mmap_mode='r')
 
 
+def check_embeddings(ann_file: str, count: int) -> np.ndarray:
+    """The embeddings [n, E] of a pseudo-label file with ``count`` annotations.
+
+    Raises:
+        FileNotFoundError, ValueError: There are none, or they are not of these annotations.
+    """
+    path = embeddings_file(ann_file)
+    advice = 'make the pseudo-labels again, or set with_embeddings=False.'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: the embeddings of {ann_file} are missing; {advice}')
+    try:
+        found = open_embeddings(str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path}: not a whole file of embeddings ({error}); {advice}') from None
+    if found.ndim != 2 or len(found) != count:
+        raise ValueError(
+            f'{path}: an array of the shape {found.shape}, but {ann_file} has {count} '
+            f'annotations: one of them was edited or belongs to another run; {advice}'
+        )
+    return found
+
+
 @DATASETS.register_module()
 class FreeSOLODataset(OpenWorldCocoDataset):
     """Pseudo-labels, each with its embedding.
@@ -63,7 +85,7 @@ class FreeSOLODataset(OpenWorldCocoDataset):
         data = super()._read()
         if self.with_embeddings:
             ids = [annotation['id'] for annotation in data['annotations']]
-            self._check_embeddings(len(ids))
+            check_embeddings(self.ann_file, len(ids))
             if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
                 raise ValueError(
                     f'{self.ann_file}: the ids of annotations do not rise from one to the next, so '
@@ -72,26 +94,6 @@ class FreeSOLODataset(OpenWorldCocoDataset):
                 )
             self._rows = {ann_id: row for row, ann_id in enumerate(ids)}
         return data
-
-    def _check_embeddings(self, count: int) -> None:
-        path = embeddings_file(self.ann_file)
-        advice = 'make the pseudo-labels again, or set with_embeddings=False.'
-        owner = self.ann_file
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'{path}: the embeddings of {self.ann_file} are missing; {advice}'
-            )
-        try:
-            found = open_embeddings(str(path))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f'{path}: not a whole file of embeddings ({error}); {advice}'
-            ) from None
-        if found.ndim != 2 or len(found) != count:
-            raise ValueError(
-                f'{path}: an array of the shape {found.shape}, but {owner} has {count} '
-                f'annotations: one of them was edited or belongs to another run; {advice}'
-            )
 
     def parse_data_info(self, raw_data_info: dict) -> dict:
         info = super().parse_data_info(raw_data_info)

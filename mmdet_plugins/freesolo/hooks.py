@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
+
+from ..common.hooks import unwrapped
 
 
 @HOOKS.register_module()
@@ -32,7 +33,7 @@ class FreeSOLOTransferHook(Hook):
     def before_train(self, runner) -> None:
         if runner.iter > 0:
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         loaded = CheckpointLoader.load_checkpoint(self.checkpoint, map_location='cpu')
         message = transfer(model, loaded.get('state_dict', loaded), self.skip)
         runner.logger.info(f'{self.checkpoint}: {message}')

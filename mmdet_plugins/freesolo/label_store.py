@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
+from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import DATA_SAMPLERS, DATASETS, HOOKS, METRICS, TRANSFORMS
 from mmengine.dataset import BaseDataset
 from mmengine.dist import barrier, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.utils.data import Sampler
 
+from ..common.hooks import unwrapped
 from ..common.pseudo_store import (
     PseudoLabels,
     PseudoStore,
+    digest_images,
     find_copies,
     read_image_list,
 )
@@ -40,6 +42,7 @@ class FreeSOLOImageDataset(BaseDataset):
 
     Attributes:
         images: COCO entries of all images, in order; position ``i`` is item ``i``.
+        paths: Their files.
     """
 
     METAINFO = {'classes': ('object',), 'palette': [(220, 20, 60)]}
@@ -55,6 +58,10 @@ class FreeSOLOImageDataset(BaseDataset):
         super().__init__(
             data_root=data_root, data_prefix=dict(img=''), pipeline=pipeline, test_mode=True
         )
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.data_root) / entry['file_name'] for entry in self.images]
 
     def load_data_list(self) -> list[dict]:
         """List the images of all sources; the ids of folders go on where the last source ended."""
@@ -74,18 +81,18 @@ class FreeSOLOImageDataset(BaseDataset):
                 copies = find_copies([root / entry['file_name'] for entry in entries])
                 if copies:
                     MMLogger.get_current_instance().warning(
-                        f'{len(copies)} images are copies of others, {copies[0][0]} of '
+                        f'Copies among the images: {len(copies)}, {copies[0][0]} of '
                         f'{copies[0][1].name} for one: they are labelled, and count, each time.'
                     )
         return [
             dict(
-                img_path=str(root / entry['file_name']),
+                img_path=str(path),
                 img_id=entry['id'],
                 height=entry['height'],
                 width=entry['width'],
                 position=position,
             )
-            for position, entry in enumerate(self.images)
+            for position, (path, entry) in enumerate(zip(self.paths, self.images, strict=True))
         ]
 
 
@@ -109,6 +116,15 @@ class FreeSOLOLoadImage(BaseTransform):
             results['img'] = np.zeros((*image_hw, 3), np.uint8)
         results['img_shape'] = results['ori_shape'] = image_hw
         return results
+
+
+@TRANSFORMS.register_module()
+class FreeSOLOPackImage(PackDetInputs):
+    """mmdet's, with what :class:`FreeSOLOStoreMetric` wants to know of an image."""
+
+    def __init__(self) -> None:
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        super().__init__((*keys, 'position', 'unreadable'))
 
 
 @DATA_SAMPLERS.register_module()
@@ -136,7 +152,8 @@ class FreeSOLOStoreHook(Hook):
     """Opens a :class:`~mmdet_plugins.common.pseudo_store.PseudoStore` for a test run.
 
     The configuration that it stands for: the model but for where its weights come from, the weights
-    themselves, the pipeline, and the threshold of the metric.
+    themselves, the pipeline, the threshold of the metric, and what is in some of the images: two
+    folders whose files happen to have the same names and sizes do not share a store.
 
     Args:
         folder: Of the store.
@@ -151,7 +168,7 @@ class FreeSOLOStoreHook(Hook):
         Raises:
             RuntimeError: The model has no weights, or the store does not fit.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         if hasattr(model, 'require_weights'):
             model.require_weights()
         loader = runner.test_dataloader
@@ -162,6 +179,7 @@ class FreeSOLOStoreHook(Hook):
             pipeline=_without_weights(runner.cfg.test_dataloader.dataset.pipeline),
             score_thr=[metric.score_thr for metric in metrics],
         )
+        config['content of the images'] = digest_images(loader.dataset.paths)
         rank, world_size = get_dist_info()
         given = self.folder, loader.dataset.images, config, loader.batch_sampler.batch_size
 

@@ -4,6 +4,8 @@ mmdet's ``BoxInstDataPreprocessor`` sends every image to the host for scikit-ima
 compares neighbours by unfolding them, repeats the result for each object, and replaces the masks.
 """
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from mmdet.models import DetDataPreprocessor
@@ -37,6 +39,8 @@ class FreeSOLODataPreprocessor(DetDataPreprocessor):
         self.bottom_pixels_removed = bottom_pixels_removed
 
     def forward(self, data: dict, training: bool = False) -> dict:
+        if isinstance(data['inputs'], Sequence) and isinstance(data['inputs'][0], Sequence):
+            data = {key: [*chain(*views)] for key, views in data.items()}  # of FreeSOLOTwoViews
         data = super().forward(data, training)
         if not training:
             return data

@@ -120,6 +120,45 @@ class FreeSOLOCopyPaste(BaseTransform):
         return f'{type(self).__name__}(prob={self.prob}, max_hidden={self.max_hidden})'
 
 
+@TRANSFORMS.register_module()
+class FreeSOLOTwoViews(FreeSOLOCopyPaste):
+    """Two packed samples of an image, as the released code trains on; the thesis has one.
+
+    One has strong photometric changes (those of SimCLR, and three rectangles of noise) and objects
+    pasted; the other is the image as it came. Takes the place of :class:`FreeSOLOCopyPaste` and
+    :class:`FreeSOLOPackInputs`; :class:`.FreeSOLODataPreprocessor` makes one batch of both.
+
+    Args:
+        **kwargs: As for :class:`FreeSOLOCopyPaste`.
+    """
+
+    def __init__(self, **kwargs: float) -> None:
+        from torchvision.transforms import v2  # which nothing else here needs
+
+        super().__init__(**kwargs)
+        self.pack = FreeSOLOPackInputs()
+        self.strong = v2.Compose(
+            [
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                v2.RandomGrayscale(0.2),
+                v2.RandomApply([v2.GaussianBlur(17, (0.1, 2.0))], 0.5),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.RandomErasing(0.7, (0.05, 0.2), (0.3, 3.3), value='random'),
+                v2.RandomErasing(0.5, (0.02, 0.2), (0.1, 6), value='random'),
+                v2.RandomErasing(0.3, (0.02, 0.2), (0.05, 8), value='random'),
+            ]
+        )
+
+    def transform(self, results: dict) -> dict:
+        """Give ``inputs`` and ``data_samples`` of the strong view and of the plain one."""
+        plain = self.pack(dict(results))
+        image = torch.from_numpy(results['img'][..., ::-1].transpose(2, 0, 1).copy())
+        image = (self.strong(image) * 255).round().remainder(256)  # as the released cast wraps
+        image = image.byte().numpy()[::-1].transpose(1, 2, 0)
+        strong = self.pack(super().transform(dict(results, img=np.ascontiguousarray(image))))
+        return {key: [strong[key], plain[key]] for key in ('inputs', 'data_samples')}
+
+
 def _boxes(masks: np.ndarray) -> HorizontalBoxes:
     """Boxes of masks [G, H, W]."""
     boxes = np.array([cv2.boundingRect(mask) for mask in masks], np.float32).reshape(-1, 4)

@@ -28,18 +28,7 @@ test_dataloader = dict(
         pipeline=[
             dict(type='FreeSOLOLoadImage'),
             dict(type='Resize', scale=(448, 320), keep_ratio=True),
-            dict(
-                type='PackDetInputs',
-                meta_keys=(
-                    'img_id',
-                    'img_path',
-                    'ori_shape',
-                    'img_shape',
-                    'scale_factor',
-                    'position',
-                    'unreadable',
-                ),
-            ),
+            dict(type='FreeSOLOPackImage'),
         ],
     ),
 )

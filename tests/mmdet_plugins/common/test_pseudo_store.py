@@ -17,6 +17,7 @@ from mmdet_plugins.common.pseudo_store import (
     PseudoLabels,
     PseudoStore,
     StoreError,
+    digest_images,
     find_copies,
     list_images,
     plan_batches,
@@ -107,6 +108,7 @@ def test_final_files_are_coco_with_a_row_of_embeddings_each(tmp_path):
     manifest = json.loads((tmp_path / 'manifest.json').read_text())
     statuses = [image['status'] for image in manifest['images']]
     assert statuses == ['without masks', 'done', 'done'] * 2 + ['without masks']
+    assert [image['dropped']['score'] for image in manifest['images']] == [*range(7)]
 
 
 @pytest.mark.parametrize('ranks', [2, 3])
@@ -288,6 +290,13 @@ def test_manifest_broken_and_leftovers_removed(tmp_path):
     assert not list(tmp_path.glob('.*'))
 
 
+def test_leftovers_of_the_first_write_go_and_others_stay(tmp_path):
+    (tmp_path / '.manifest.json.abc.tmp').write_text('cut off by a kill')
+    (tmp_path / '.mine.tmp').write_text('of another program')
+    fill(tmp_path)
+    assert [path.name for path in tmp_path.glob('.*')] == ['.mine.tmp']
+
+
 def test_manifest_missing(tmp_path):
     fill(tmp_path, stop=1)
     (tmp_path / 'manifest.json').unlink()
@@ -350,6 +359,25 @@ def test_copies(tmp_path):
         ('g', 'b'),
         ('f', 'e'),
     ]
+
+
+def test_digest_of_images(tmp_path):
+    """Of 64 of many; what is not drawn may change."""
+    paths = [tmp_path / f'{i}.png' for i in range(128)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    before = digest_images(paths)
+    moved = tmp_path.with_name('moved')
+    tmp_path.rename(moved)
+    paths = [moved / path.name for path in paths]
+    assert digest_images(paths) == before != digest_images(paths[::-1])
+    paths[1].write_bytes(b'other')
+    assert digest_images(paths) == before
+    paths[2].write_bytes(b'other')
+    assert digest_images(paths) != before
+    few = digest_images(paths[:3])
+    paths[2].unlink()
+    assert len({few, digest_images(paths[:3]), digest_images(paths[:2]), digest_images([])}) == 4
 
 
 def test_coco_file_of_images(tmp_path):

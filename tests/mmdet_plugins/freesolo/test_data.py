@@ -9,6 +9,7 @@ import torch
 from mmdet.registry import DATASETS, MODELS, TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
+from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
@@ -248,6 +249,39 @@ def test_pasting_nothing_or_onto_nothing(monkeypatch):
     assert np.array_equal(found['img'], source['img']) and found['gt_embeddings'].shape == (1, DIMS)
     never = TRANSFORMS.build(dict(type='FreeSOLOCopyPaste', prob=0.0))
     assert len(never._choose(5)) == 0
+
+
+def test_two_views_make_one_batch(monkeypatch):
+    """The plain views are what came; the strong ones differ, and have the other image's objects."""
+    below, above = np.zeros((1, 20, 30), np.uint8), np.zeros((1, 20, 30), np.uint8)
+    below[0, 2:12, 2:12] = above[0, 14:19, 20:28] = 1
+    transform = TRANSFORMS.build(dict(type='FreeSOLOTwoViews'))
+    monkeypatch.setattr(transform, '_choose', np.arange)
+    items, images = [], []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        results = results_of(below, seed) | dict(
+            img_id=seed, img_shape=(20, 30), ori_shape=(20, 30)
+        )
+        images.append(results['img'].copy())
+        items.append(transform(dict(results, mix_results=[results_of(above, 9)])))
+    settings = dict(mean=[0, 0, 0], std=[1, 1, 1], bgr_to_rgb=False)
+    model = MODELS.build(dict(type='FreeSOLODataPreprocessor', **settings))
+    batch = model(pseudo_collate(items), True)
+    samples, inputs = batch['data_samples'], batch['inputs'].permute(0, 2, 3, 1).numpy()
+    assert [sample.img_id for sample in samples] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [len(sample.gt_instances) for sample in samples] == [2] * 4 + [1] * 4
+    assert samples[0].gt_instances.embeddings[:, 0].tolist() == [0, 9]
+    assert all(
+        np.array_equal(found, image) for found, image in zip(inputs[4:], images, strict=True)
+    )
+    pasted = results_of(above, 9)['img'][14:19, 20:28]
+    assert np.array_equal(inputs[0, 14:19, 20:28], pasted)
+    changed = inputs[:4] != inputs[4:]
+    assert changed.mean((1, 2, 3)).max() > 0.5 and not np.array_equal(changed[0], changed[1])
+    assert not torch.equal(samples[0].affinity, samples[4].affinity)
+    single = model(dict(inputs=[items[0]['inputs'][1]], data_samples=[samples[4]]), True)
+    assert len(single['inputs']) == 1
 
 
 @pytest.mark.parametrize('limit', ['images', 'masks'])

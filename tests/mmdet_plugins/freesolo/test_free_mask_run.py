@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model import BaseModel
@@ -192,6 +193,30 @@ def test_other_weights_are_another_configuration(finished, script, images, weigh
     torch.save(other, tmp_path / 'other.pth')
     with pytest.raises(StoreError, match='another configuration .weights was'):
         script.run(images, finished[1], str(tmp_path / 'other.pth'))
+
+
+def test_images_of_the_same_names_are_another_configuration(
+    finished, script, images, weights, tmp_path
+):
+    """Moved they are the same."""
+    moved = tmp_path / 'moved'
+    shutil.copytree(images, moved)
+    before = content(finished[1])
+    script.run(moved, finished[1], weights)
+    assert content(finished[1]) == before
+    photograph(moved / '3.jpg', SIZES[3], 99)
+    with pytest.raises(StoreError, match='another configuration .content of the images was'):
+        script.run(moved, finished[1], weights)
+
+
+def test_duplicates_are_named(tmp_path, capfd):
+    init_default_scope('mmdet')
+    photograph(tmp_path / 'a.png', (72, 96), 3)
+    shutil.copy(tmp_path / 'a.png', tmp_path / 'b.png')
+    dataset = DATASETS.build(dict(type='FreeSOLOImageDataset', data_root=str(tmp_path)))
+    assert len(dataset) == 2
+    out, err = capfd.readouterr()
+    assert f'Copies among the images: 1, {tmp_path}/b.png of a.png for one' in out + err
 
 
 def test_weights_of_init_cfg_and_of_a_detector(finished, script, images, weights, tmp_path):
