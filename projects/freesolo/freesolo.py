@@ -195,14 +195,14 @@ class Recipe:
         """Features by DenseCL."""
         changes = {}
         if not self.labelled:
-            cfg = Config.fromfile(CONFIGS / 'densecl/tiny/densecl_tiny_demo.py')
+            cfg = Config.fromfile(CONFIGS / 'densecl/tiny/densecl-c3_tiny_demo.py')
             changes['train_dataloader.dataset'] = dict(
                 _delete_=True,
                 type='ImageFolderDataset',
                 data_root=f'{self.data}/',
                 pipeline=cfg.train_pipeline,
             )
-        stage = self.trained('pretrain', 'densecl/tiny/densecl_tiny_demo', changes)
+        stage = self.trained('pretrain', 'densecl/tiny/densecl-c3_tiny_demo', changes)
         return stage.checkpoint
 
     @property

@@ -35,3 +35,4 @@ default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
 )
+train_cfg = dict(max_iters=300)

@@ -5,7 +5,13 @@ import json
 import pytest
 from mmengine.config import Config
 
-from mmdet_plugins.common.stages import config_digest, data_options, keep_settings, prepare_data
+from mmdet_plugins.common.stages import (
+    config_digest,
+    data_options,
+    keep_settings,
+    prepare_data,
+    spread,
+)
 
 
 def test_only_what_a_config_reads_is_redirected(tmp_path):
@@ -56,3 +62,8 @@ def test_made_up_data_is_made_once_as_asked_for(tmp_path):
         'val_00000.jpg',
         'val_00001.jpg',
     }
+
+
+def test_values_of_seeds_are_summed_up():
+    assert spread([0.1, 0.2, 0.6], 2) == '0.30 ± 0.26'  # the deviation of a sample: n - 1
+    assert spread([0.5], 3) == '0.500 ± 0.000'
