@@ -37,3 +37,4 @@ model = dict(
 custom_hooks = [
     dict(type='FreeSOLOTransferHook', checkpoint='work_dirs/freesolo_tiny_demo/iter_300.pth')
 ]
+train_cfg = dict(max_iters=150)
