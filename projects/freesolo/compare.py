@@ -30,7 +30,13 @@ from mmdet_plugins.common.stages import (
 
 REPO = Path(__file__).resolve().parents[2]
 FINETUNE = REPO / 'configs/freesolo/tiny/freesolo-finetune_tiny_demo.py'
-COLUMNS = ('segm_AR@100', 'segm_AR@10', 'segm_AP', 'segm_AP50', 'bbox_AR@100')
+COLUMNS = {
+    'mask AR@100': 'segm_AR@100',
+    'mask AR@10': 'segm_AR@10',
+    'mask AP': 'segm_AP',
+    'mask AP50': 'segm_AP50',
+    'box AR@100': 'bbox_AR@100',
+}
 
 
 def few_labels(out: Path, segmenter: Path, seed: int, args: argparse.Namespace) -> dict:
@@ -82,19 +88,14 @@ def main() -> None:
         for stage, values in (found | few_labels(out, segmenter, seed, args)).items():
             scores.setdefault(stage, []).append(values)
             print(f'seed {seed}, {stage}: mask AR@100 {values["segm_AR@100"]:.3f}', flush=True)
-    table = [
+    rows = [
         {'stage': stage}
-        | {
-            column.replace('segm_', 'mask ').replace('bbox_', 'box '): spread(
-                [value[column] for value in values], 3
-            )
-            for column in COLUMNS
-        }
+        | {title: spread([value[key] for value in values], 3) for title, key in COLUMNS.items()}
         | {'seeds': len(values), 'commit': commit()}
         for stage, values in scores.items()
     ]
     with atomic_write(args.json) as file:
-        json.dump(table, file, indent=1, ensure_ascii=False)
+        json.dump(rows, file, indent=1, ensure_ascii=False)
         file.write('\n')
     print(f'{args.json}; tools/build_tables.py takes it to the README')
 
