@@ -12,8 +12,10 @@ def main() -> None:
     parser.add_argument('--num-val', type=int, default=80)
     parser.add_argument('--size-hw', type=int, nargs=2, default=(160, 224), metavar=('H', 'W'))
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--large', action='store_true', help='few objects, all of them large')
     args = parser.parse_args()
-    make_demo_data(args.out_dir, args.num_train, args.num_val, tuple(args.size_hw), args.seed)
+    size_hw = tuple(args.size_hw)
+    make_demo_data(args.out_dir, args.num_train, args.num_val, size_hw, args.seed, args.large)
     print(f'{args.num_train} + {args.num_val} images in {args.out_dir}')
 
 

@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
@@ -161,12 +162,13 @@ def evaluate(
     return json.loads(found[-1].read_text())
 
 
-def prepare_data(data: Path, synthetic: bool) -> None:
+def prepare_data(data: Path, synthetic: bool, **scenes: Any) -> None:
+    """See that a data set is there; make it, of ``scenes`` as ``make_demo_data`` takes them."""
     wanted = [data / name for name in ('images', 'instances_train.json', 'instances_val.json')]
     # The validation file is written last.
     if synthetic and not wanted[-1].exists():
         print(f'making the synthetic data set in {data}', flush=True)
-        make_demo_data(data)
+        make_demo_data(data, **scenes)
     for path in wanted:
         if not path.exists():
             raise SystemExit(f'{path} is missing; --help shows the layout of a data set')
@@ -213,6 +215,12 @@ def write_rows(rows: list[dict], target: Path) -> None:
         json.dump(rows, file, indent=1, ensure_ascii=False)
         file.write('\n')
     print(f'{target}; tools/build_tables.py takes it to the README')
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean of the values of some seeds, and their standard deviation if there are several."""
+    deviation = f' ± {stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{mean(values):.{digits}f}{deviation}'
 
 
 def commit() -> str:

@@ -235,7 +235,12 @@ class Canvas:
 
 
 def make_scene(
-    rng: np.random.Generator, hw: tuple[int, int], kinds: list[str], objects: int, crowd: bool
+    rng: np.random.Generator,
+    hw: tuple[int, int],
+    kinds: list[str],
+    objects: int,
+    crowd: bool,
+    large: bool = False,
 ) -> tuple[Array, list[Instance]]:
     """Draw one scene.
 
@@ -245,6 +250,7 @@ def make_scene(
         kinds: names from ``KNOWN`` and ``NOVEL`` to choose from.
         objects: how many placements are tried; a few are dropped for hiding others too much.
         crowd: add a heap of small objects, annotated as one crowd region.
+        large: only objects whose radius is 0.22 to 0.4 of the shorter side.
 
     Returns:
         The image [H, W, 3] uint8 BGR and its instances, masks disjoint and none empty.
@@ -258,8 +264,10 @@ def make_scene(
             mask = canvas.draw(kind, middle + rng.normal(0, min(hw) / 12, 2), rng.uniform(3, 6))
             heap |= False if mask is None else mask
         canvas.add(kind, heap, crowd=True)
-    # Half the objects are of middling size; tiny and large ones take a quarter each.
-    spans = np.array([(3.0, 6.0), (7.0, 18.0), (7.0, 18.0), (18.0, 0.3 * min(hw))])
+    if large:
+        spans = np.array([(0.22, 0.4)]) * min(hw)
+    else:  # half the objects are of middling size; tiny and large ones take a quarter each
+        spans = np.array([(3.0, 6.0), (7.0, 18.0), (7.0, 18.0), (18.0, 0.3 * min(hw))])
     for span in sorted(rng.choice(spans, objects), key=lambda span: -span[0]):
         kind, radius = str(rng.choice(kinds)), np.exp(rng.uniform(*np.log(span)))
         centre = rng.uniform(-0.02, 1.02, 2) * (w, h)
@@ -318,6 +326,7 @@ def make_demo_data(
     num_val: int = 80,
     size_hw: tuple[int, int] = (160, 224),
     seed: int = 0,
+    large: bool = False,
 ) -> None:
     """Write ``images/*.jpg``, ``instances_train.json`` and ``instances_val.json`` to a folder.
 
@@ -330,6 +339,8 @@ def make_demo_data(
         num_val: images of the validation split.
         size_hw: typical size, px. Each image takes it, a wider, a narrower or an upright variant.
         seed: every image is a function of (seed, split, index).
+        large: one to three large objects an image instead of four to twelve of any size, and no
+            crowds: what a feature map of stride 32 still shows.
 
     Raises:
         ValueError: a side below 64 px leaves no room for the objects.
@@ -346,8 +357,9 @@ def make_demo_data(
         for index in range(count):
             rng = np.random.default_rng([seed, split_index, index])
             hw = sizes[rng.integers(len(sizes))]
-            objects = 0 if index % 16 == 15 else int(rng.integers(4, 13))
-            image, instances = make_scene(rng, hw, kinds, objects, crowd=index % 8 == 3)
+            objects = 0 if index % 16 == 15 else int(rng.integers(*((1, 4) if large else (4, 13))))
+            crowd = index % 8 == 3 and not large
+            image, instances = make_scene(rng, hw, kinds, objects, crowd, large)
             image_id, name = index + 1, f'{split}_{index:05d}.jpg'
             _, encoded = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 92])
             (out_dir / 'images' / name).write_bytes(encoded.tobytes())

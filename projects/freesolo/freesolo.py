@@ -22,6 +22,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
 from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.pseudo_store import LABELS
 from mmdet_plugins.common.report import write_report
 from mmdet_plugins.common.stages import (
     Stage,
@@ -33,10 +34,14 @@ from mmdet_plugins.common.stages import (
     prepare_data,
     train,
 )
+from mmdet_plugins.freesolo.clusters import write_clusters
+from mmdet_plugins.freesolo.health import write_health
 from mmdet_plugins.ops.open_world import evaluate_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+SCENES = dict(size_hw=(128, 160), large=True)
 SIZE = dict(scale=(256, 192), keep_ratio=True)
+CLUSTERS = 12
 METRICS = ('segm_AP', 'segm_AP50', 'segm_AR@10', 'segm_AR@100', 'bbox_AR@100')
 
 
@@ -56,7 +61,7 @@ class Recipe:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.iters = args.device, args.iters
+        self.device, self.iters, self.seed = args.device, args.iters, args.seed
         self.out = args.out or Path('work_dirs') / (
             f'freesolo-{args.data.name}' if args.data else 'freesolo'
         )
@@ -65,10 +70,10 @@ class Recipe:
         self.data = (args.data or self.out / 'data').resolve()
         self.labelled = args.data is None or (self.data / 'instances_train.json').exists()
         if self.labelled:
-            prepare_data(self.data, synthetic=args.data is None)
+            prepare_data(self.data, synthetic=args.data is None, **SCENES)
         self.out = self.out.resolve()
         self.bounded = args.data is not None
-        keep_settings(self.out, {'length of training': self.iters})
+        self.stores: dict[str, Path] = {}
         self.train_source, self.val_source = (
             dict(ann_file=f'instances_{split}.json', img='images/')
             if self.labelled
@@ -76,10 +81,12 @@ class Recipe:
             for split in ('train', 'val')
         )
 
-    def config(self, name: str, base: str, changes: Mapping[str, Any]) -> Path:
+    def config(self, name: str, base: str, changes: Mapping[str, Any]) -> tuple[Path, Config]:
         """Write a shipped config with changes."""
         cfg = Config.fromfile(CONFIGS / f'{base}.py')
-        cfg.merge_from_dict(dict(changes))
+        cfg.merge_from_dict({'randomness.seed': self.seed, **changes})
+        if self.iters and 'train_cfg' in cfg:
+            cfg.train_cfg.max_iters = self.iters
         if base.startswith('freesolo/tiny/freesolo'):
             if self.bounded:
                 for part in ('train', 'val', 'test'):
@@ -90,19 +97,20 @@ class Recipe:
         path = self.out / f'{name}.py'
         with atomic_write(path) as file:
             file.write(cfg.pretty_text)
-        return path
+        return path, cfg
 
     def trained(self, name: str, base: str, changes: Mapping[str, Any]) -> Stage:
         """Train through ``mim train``, unless that is done."""
-        stage = Stage(name, 'mmdet', self.config(name, base, changes), self.iters, self.out / name)
+        path, cfg = self.config(name, base, changes)
+        stage = Stage(name, 'mmdet', path, cfg.train_cfg.max_iters, self.out / name)
         train([stage], self.data, self.device)
         return stage
 
     def labels(self, name: str, base: str, checkpoint: Path, source: dict) -> Path:
         """Fill a store of pseudo-labels through ``mim test``, unless it is full."""
         folder = self.out / name / 'store'
-        labels = folder / 'pseudo_labels.json'
-        config = self.config(
+        labels = folder / LABELS
+        config, _ = self.config(
             name,
             base,
             {
@@ -132,6 +140,8 @@ class Recipe:
                 f'{name}: nothing was found certain enough in {len(content["images"])} images: '
                 'start again with longer trainings, --fresh --iters N'
             )
+        if source == self.train_source:
+            self.stores[name] = folder
         print(
             f'{name}: {len(content["annotations"])} masks in {len(content["images"])} images',
             flush=True,
@@ -184,22 +194,33 @@ class Recipe:
                     stage.checkpoint,
                     self.train_source,
                 )
+        self.pages()
         print(f'\nthe segmenter: {stage.config} {stage.checkpoint}')
         if self.labelled:
             self.report(results, metrics)
+
+    def pages(self) -> None:
+        """What was found in the images learnt from, and its objects in clusters."""
+        stages = dict(reversed(self.stores.items()))
+        print(write_health(stages, self.data, self.out / 'health.html'))
+        newest = next(iter(stages.values()))
+        objects = len(json.loads((newest / LABELS).read_text())['annotations'])
+        page = self.out / 'clusters.html'
+        write_clusters(newest, self.data, page, min(CLUSTERS, objects))
+        print(page)
 
     def pretrain(self) -> Path:
         """Features by DenseCL."""
         changes = {}
         if not self.labelled:
-            cfg = Config.fromfile(CONFIGS / 'densecl/tiny/densecl_tiny_demo.py')
+            cfg = Config.fromfile(CONFIGS / 'densecl/tiny/densecl-c3_tiny_demo.py')
             changes['train_dataloader.dataset'] = dict(
                 _delete_=True,
                 type='ImageFolderDataset',
                 data_root=f'{self.data}/',
                 pipeline=cfg.train_pipeline,
             )
-        stage = self.trained('pretrain', 'densecl/tiny/densecl_tiny_demo', changes)
+        stage = self.trained('pretrain', 'densecl/tiny/densecl-c3_tiny_demo', changes)
         return stage.checkpoint
 
     @property
@@ -233,8 +254,9 @@ def main() -> None:
     )
     parser.add_argument('--data', type=Path, help='a folder of photographs')
     parser.add_argument('--out', type=Path, help='default: work_dirs/freesolo[-NAME OF THE DATA]')
-    parser.add_argument('--iters', type=int, default=300, help='of every training')
+    parser.add_argument('--iters', type=int, help="of every training; default: the configs'")
     parser.add_argument('--iterations', type=int, default=2, help='trainings of the segmenter')
+    parser.add_argument('--seed', type=int, default=0, help='of every training')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default=get_device())
     parser.add_argument('--fresh', action='store_true', help='forget what was done before')
     args = parser.parse_args()

@@ -12,7 +12,7 @@ whatever the machine does besides. The scores go to ``results/``, from where
 import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -23,6 +23,7 @@ from mmdet_plugins.common.stages import (
     evaluate,
     make_stage,
     prepare_data,
+    spread,
     train,
     write_rows,
 )
@@ -42,11 +43,6 @@ def seconds(stage: Stage) -> float:
     logs = stage.work_dir.glob('*/vis_data/scalars.json')
     entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     return stage.iters * mean(entry['time'] for entry in entries if 'loss' in entry)
-
-
-def spread(values: list[float], digits: int) -> str:
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f'{mean(values):.{digits}f} ± {deviation:.{digits}f}'
 
 
 def main() -> None:

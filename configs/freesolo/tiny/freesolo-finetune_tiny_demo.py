@@ -35,5 +35,6 @@ model = dict(
     mask_head=dict(loss_mask=dict(_delete_=True, type='SOLODiceLoss'), embed_dims=None),
 )
 custom_hooks = [
-    dict(type='FreeSOLOTransferHook', checkpoint='work_dirs/freesolo_tiny_demo/iter_600.pth')
+    dict(type='FreeSOLOTransferHook', checkpoint='work_dirs/freesolo_tiny_demo/iter_300.pth')
 ]
+train_cfg = dict(max_iters=150)

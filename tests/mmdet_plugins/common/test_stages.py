@@ -11,6 +11,7 @@ from mmdet_plugins.common.stages import (
     keep_settings,
     make_stage,
     prepare_data,
+    spread,
 )
 
 
@@ -66,3 +67,18 @@ def test_a_missing_part_of_the_data_is_named(tmp_path):
     (tmp_path / 'images').mkdir()
     with pytest.raises(SystemExit, match='instances_train.json is missing'):
         prepare_data(tmp_path, synthetic=False)
+
+
+def test_made_up_data_is_made_once_as_asked_for(tmp_path):
+    prepare_data(tmp_path, synthetic=True, num_train=1, num_val=2, size_hw=(64, 80))
+    prepare_data(tmp_path, synthetic=True, num_train=3)
+    assert {p.name for p in (tmp_path / 'images').iterdir()} == {
+        'train_00000.jpg',
+        'val_00000.jpg',
+        'val_00001.jpg',
+    }
+
+
+def test_values_of_seeds_are_summed_up():
+    assert spread([0.1, 0.2, 0.6], 2) == '0.30 ± 0.26'  # the deviation of a sample: n - 1
+    assert spread([0.5], 3) == '0.500'

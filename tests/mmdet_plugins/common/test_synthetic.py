@@ -68,6 +68,15 @@ def test_sets_have_crowds_empty_images_truncated_objects_and_novel_kinds_in_val_
         assert len({(image['height'], image['width']) for image in data['images']}) > 2
 
 
+def test_large_objects_are_few_and_all_large(tmp_path):
+    make_demo_data(tmp_path, num_train=16, num_val=0, size_hw=(128, 160), large=True)
+    data = json.loads((tmp_path / 'instances_train.json').read_text())
+    count = np.bincount([a['image_id'] for a in data['annotations']], minlength=17)[1:]
+    assert 1 <= count[:15].min() < count.max() == 3 and count[15] == 0
+    assert not any(a['iscrowd'] for a in data['annotations'])
+    assert np.median([a['area'] for a in data['annotations']]) > 32**2
+
+
 def test_a_size_without_room_is_refused(tmp_path):
     with pytest.raises(ValueError, match='64 px'):
         make_demo_data(tmp_path, size_hw=(32, 128))

@@ -10,6 +10,7 @@ model = dict(
         stem_channels=32,
         norm_cfg=dict(requires_grad=True),
         norm_eval=False,
+        conv_cfg=dict(type='Conv2d', padding_mode='replicate'),
         init_cfg=None,
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4),
@@ -25,7 +26,7 @@ model = dict(
         mask_features=dict(
             feat_channels=32, out_channels=64, norm_cfg=dict(type='GN', num_groups=8)
         ),
-        embed_dims=128,
+        embed_dims=64,
         loss_mask=dict(warmup_iters=100),
     ),
 )

@@ -1,0 +1,102 @@
+"""What is learnt without labels from the made-up scenes of large objects, and what it is good for.
+
+    python projects/freesolo/compare.py
+
+For each seed, ``freesolo.py`` goes through all of its stages, and the segmenter that comes out is
+trained on with a tenth of the labels, beside one that starts from random weights and sees the same
+images equally long. The scores go to ``results/freesolo_learning.json``, from where
+``tools/build_tables.py`` takes them to the README. The command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.stages import (
+    Stage,
+    commit,
+    config_digest,
+    evaluate,
+    keep_settings,
+    spread,
+    train,
+    write_rows,
+)
+
+REPO = Path(__file__).resolve().parents[2]
+FINETUNE = REPO / 'configs/freesolo/tiny/freesolo-finetune_tiny_demo.py'
+COLUMNS = {
+    'mask AR@100': 'segm_AR@100',
+    'mask AR@10': 'segm_AR@10',
+    'mask AP': 'segm_AP',
+    'mask AP50': 'segm_AP50',
+    'box AR@100': 'bbox_AR@100',
+}
+
+
+def few_labels(out: Path, segmenter: Path, seed: int, args: argparse.Namespace) -> dict:
+    """Scores after training with few labels, from the segmenter and from nothing."""
+    stages = []
+    for name, hooks in {
+        '10 % of the labels, fine-tuned': [
+            dict(type='FreeSOLOTransferHook', checkpoint=str(segmenter))
+        ],
+        '10 % of the labels, from scratch': [],
+    }.items():
+        cfg = Config.fromfile(FINETUNE)
+        cfg.merge_from_dict({'randomness.seed': seed, 'custom_hooks': hooks})
+        folder = out / ('fine-tuned' if hooks else 'from-scratch')
+        keep_settings(folder, {'config': config_digest(cfg)})
+        with atomic_write(folder.with_suffix('.py')) as file:
+            file.write(cfg.pretty_text)
+        iters = args.iters or cfg.train_cfg.max_iters
+        stages.append(Stage(name, 'mmdet', folder.with_suffix('.py'), iters, folder))
+    train(stages, out / 'data', args.device)
+    return {
+        stage.name: {
+            key.removeprefix('open_world/'): value
+            for key, value in evaluate(stage, out / 'data', args.device).items()
+        }
+        for stage in stages
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--iters', type=int, help="of every training; default: the configs'")
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/freesolo-seeds'))
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default=get_device())
+    parser.add_argument('--json', type=Path, default=REPO / 'results/freesolo_learning.json')
+    args = parser.parse_args()
+    scores: dict[str, list[dict]] = {}
+    for seed in range(args.seeds):
+        out = (args.out / f'seed-{seed}').resolve()
+        command = [sys.executable, str(Path(__file__).with_name('freesolo.py')), '--out', str(out)]
+        command += ['--seed', str(seed), '--device', args.device]
+        command += ['--iters', str(args.iters)] if args.iters else []
+        subprocess.run(command, check=True)
+        found = json.loads((out / 'metrics.json').read_text())
+        (segmenter,) = (out / 'iteration-1').glob('iter_*.pth')
+        for stage, values in (found | few_labels(out, segmenter, seed, args)).items():
+            scores.setdefault(stage, []).append(values)
+            print(f'seed {seed}, {stage}: mask AR@100 {values["segm_AR@100"]:.3f}', flush=True)
+    rows = [
+        {'stage': stage}
+        | {title: spread([value[key] for value in values], 3) for title, key in COLUMNS.items()}
+        | {'seeds': len(values), 'commit': commit()}
+        for stage, values in scores.items()
+    ]
+    write_rows(rows, args.json)
+
+
+if __name__ == '__main__':
+    main()
