@@ -191,9 +191,9 @@ def keep_settings(out: Path, settings: dict) -> None:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation of the values of several seeds."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f'{mean(values):.{digits}f} ± {deviation:.{digits}f}'
+    """Mean and standard deviation of the values of several seeds; of one, the value."""
+    deviation = f' ± {stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{mean(values):.{digits}f}{deviation}'
 
 
 def commit() -> str:
