@@ -36,6 +36,6 @@ default_hooks = dict(
     checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
 )
 train_cfg = dict(max_iters=300)
-# At the 2e-3 of the other toy detectors, masks of the whole image come back after 150 iterations:
-# to the pairwise loss they are perfect, and where they saturate the projections have no gradient.
+# At the 2e-3 of the other toy detectors some masks of iteration 1 end up as the whole image: to
+# the pairwise loss they are perfect, and where they saturate the projections have no gradient.
 optim_wrapper = dict(optimizer=dict(lr=7e-4))
