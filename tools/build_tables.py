@@ -25,15 +25,14 @@ from mmdet_plugins.common.files import atomic_write  # noqa: E402
 
 PAGES = ('*.md', 'configs/**/*.md', 'projects/**/*.md')
 OPENING = re.compile(r'<!-- table:([\w.-]+) -->')
+NUMBER = re.compile(r'(–|[-+]?(1/)?[\d.,]+( ± [\d.,]+)?( \w+)?)?')
 TABLE = re.compile(r'(<!-- table:([\w.-]+) -->\n).*?(<!-- /table -->)', re.DOTALL)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A pipe table; columns whose every cell starts with a digit, sign or dash go right."""
+    """A pipe table; columns of numbers, with a spread or a unit or without, go right."""
     titles = list(dict.fromkeys(title for row in rows for title in row))
-    right = {
-        title: all(re.match(r'[-+–\d]|$', row.get(title, '')) for row in rows) for title in titles
-    }
+    right = {title: all(NUMBER.fullmatch(row.get(title, '')) for row in rows) for title in titles}
     lines = [titles, ['---:' if right[title] else '---' for title in titles]]
     lines += [[row.get(title, '') for title in titles] for row in rows]
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)

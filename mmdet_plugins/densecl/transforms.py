@@ -30,7 +30,7 @@ class DenseCLTwoViews(BaseTransform):
         blur_prob: How often it is blurred.
         flip_prob: How often it is flipped, left to right.
         pairs: Of views, of an image.
-        seed: For tests: with it, the views of the image ``img_id`` are the same in every run.
+        seed: With it, the views of the image ``img_id`` are the same in every run.
     """
 
     def __init__(

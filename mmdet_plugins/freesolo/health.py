@@ -23,6 +23,7 @@ from ..ops.coco_json import (
     check_entries,
     listed,
     load_coco,
+    load_results,
     read_json,
 )
 from ..ops.images import read_image
@@ -139,7 +140,7 @@ def read_stage(source: JsonFile, listing: JsonFile | None = None) -> StageHealth
     """
     source, manifest = Path(source), []
     if source.is_dir():
-        manifest = read_json(source / 'manifest.json')['images']
+        manifest = read_json(source / 'manifest.json').get('images', [])
         if not (source / LABELS).exists():
             raise ValueError(f'{source}: the store is not finished: start its run again.')
         source = source / LABELS
@@ -150,10 +151,10 @@ def read_stage(source: JsonFile, listing: JsonFile | None = None) -> StageHealth
                 f'{source}: these are COCO results, which do not say the names and sizes of their '
                 'images: give the COCO file that does.'
             )
-        data, results = load_coco(listing), data
+        data, results = load_coco(listing), load_results(data)
         data['annotations'] = results
         known = {image['id'] for image in data['images']}
-        if strangers := {found['image_id'] for found in results} - known:
+        if strangers := {found.get('image_id') for found in results} - known:
             raise ValueError(
                 f'{source}: {listing} does not list the images {listed(sorted(strangers), 3)}.'
             )

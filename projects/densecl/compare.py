@@ -88,7 +88,7 @@ def rows_of(counts: dict[str, tuple[np.ndarray, np.ndarray]], cells: int) -> lis
             'features': method,
             'accuracy': float(accuracy),
             '95 %': f'{low:.3f}–{high:.3f}',
-            '× chance': round(float(accuracy) * cells, 1),
+            '× chance': f'{accuracy * cells:.1f}',
             'of each seed': ', '.join(f'{share:.3f}' for share in right.sum(1) / moved.sum(1)),
         }
         if method != 'MoCo-v2':

@@ -1,6 +1,6 @@
 """Draw which cells of two views are each other's most similar ones (thesis, Figures 5.4 and 5.5).
 
-    python projects/densecl/correspondence.py CONFIG matches.png --image dog.jpg \
+    python projects/densecl/correspondence.py CONFIG matches.png --image dog.jpg \\
         --checkpoint moco-v2.pth --checkpoint densecl.pth
 
 One row for each image and checkpoint, so that models (Figure 5.4), or one model at several times of
@@ -103,6 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     size = args.size or next(
         step['size'] for step in cfg.train_dataloader.dataset.pipeline if 'size' in step
     )
+    if not cv2.haveImageWriter(str(args.out)):
+        raise SystemExit(f'{args.out}: pictures are written as .png or .jpg.')
     rows = []
     for path in args.image:
         image = cv2.imread(str(path))
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
             weights = None if checkpoint == 'random' else checkpoint
             try:
                 backbone = load_backbone(cfg.model.backbone, weights)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise SystemExit(str(error)) from None
             with torch.no_grad():
                 features = [backbone(view[None])[-1] for view in inputs]

@@ -1,6 +1,6 @@
 """VOC2007 classification by linear SVMs on a frozen backbone (thesis, Tables 5.6 to 5.9).
 
-    python projects/densecl/linear_svm.py configs/densecl/densecl_r50_c5_8xb32-800e_coco.py \
+    python projects/densecl/linear_svm.py configs/densecl/densecl_r50_c5_8xb32-800e_coco.py \\
         epoch_800.pth --voc data/VOCdevkit/VOC2007
 
 The protocol of Goyal et al. (2019) as OpenSelfSup (Zhan et al.) has it, which the thesis follows:
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> float:
     model = Config.fromfile(args.config).model
     try:
         backbone = load_backbone(model.backbone, args.checkpoint).to(args.device)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     mean, std = (
         torch.tensor(model.data_preprocessor[name], device=args.device).view(3, 1, 1)

@@ -17,13 +17,10 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.stages import (
-    Stage,
     commit,
-    config_digest,
     evaluate,
-    keep_settings,
+    make_stage,
     spread,
     train,
     write_rows,
@@ -51,12 +48,8 @@ def few_labels(out: Path, segmenter: Path, seed: int, args: argparse.Namespace) 
     }.items():
         cfg = Config.fromfile(FINETUNE)
         cfg.merge_from_dict({'randomness.seed': seed, 'custom_hooks': hooks})
-        folder = out / ('fine-tuned' if hooks else 'from-scratch')
-        keep_settings(folder, {'config': config_digest(cfg)})
-        with atomic_write(folder.with_suffix('.py')) as file:
-            file.write(cfg.pretty_text)
-        iters = args.iters or cfg.train_cfg.max_iters
-        stages.append(Stage(name, 'mmdet', folder.with_suffix('.py'), iters, folder))
+        folder = 'fine-tuned' if hooks else 'from-scratch'
+        stages.append(make_stage(folder, cfg, out, args.iters)._replace(name=name))
     train(stages, out / 'data', args.device)
     return {
         stage.name: {

@@ -194,10 +194,16 @@ class Recipe:
                     stage.checkpoint,
                     self.train_source,
                 )
-        self.pages()
         print(f'\nthe segmenter: {stage.config} {stage.checkpoint}')
         if self.labelled:
+            self.save(metrics)
+        self.pages()
+        if self.labelled:
             self.report(results, metrics)
+
+    def save(self, metrics: dict) -> None:
+        with atomic_write(self.out / 'metrics.json') as file:
+            json.dump(metrics, file, indent=1)
 
     def pages(self) -> None:
         """What was found in the images learnt from, and its objects in clusters."""
@@ -206,8 +212,11 @@ class Recipe:
         newest = next(iter(stages.values()))
         objects = len(json.loads((newest / LABELS).read_text())['annotations'])
         page = self.out / 'clusters.html'
-        write_clusters(newest, self.data, page, min(CLUSTERS, objects))
-        print(page)
+        try:
+            write_clusters(newest, self.data, page, min(CLUSTERS, objects))
+            print(page)
+        except ValueError as error:
+            print(f'no page of clusters: {error}')
 
     def pretrain(self) -> Path:
         """Features by DenseCL."""
@@ -232,8 +241,6 @@ class Recipe:
         return ', '.join(f'{key} {scores[key]:.3f}' for key in METRICS)
 
     def report(self, results: dict, metrics: dict) -> None:
-        with atomic_write(self.out / 'metrics.json') as file:
-            json.dump(metrics, file, indent=1)
         newest_first = dict(reversed(results.items()))
         page = write_report(
             self.truth,

@@ -88,7 +88,10 @@ def main() -> None:
                 'mask AP': spread([s['open_world/segm_AP'] for s in scores], 3),
                 'mask AP50': spread([s['open_world/segm_AP50'] for s in scores], 3),
                 'mask AR@100': spread([s['open_world/segm_AR@100'] for s in scores], 3),
-                'box AP': spread([s['open_world/bbox_AP'] for s in scores], 3),
+                # mmdet's heads give no boxes.
+                'box AP': None
+                if side == 'mmdet'
+                else spread([s['open_world/bbox_AP'] for s in scores], 3),
                 'training, s': spread([seconds(stage) for stage in stages], 0),
                 'iterations': stages[0].iters,
                 'seeds': len(stages),

@@ -1,7 +1,8 @@
 """Tables 5.1, 5.6 to 5.9: VOC trainval07+12, tested on test2007; AP as COCO means it.
 
-The statistics of BN that the protocol computes anew before the test (precise BN) are here its
-running ones.
+Unlike detectron2, whose protocol this is: the statistics of BN are the running ones, where it
+computes them anew before the test (precise BN); difficult objects are not learnt from; and boxes
+are read as mmdet reads VOC's, less one pixel on the right and at the bottom.
 """
 
 _base_ = [

@@ -1,4 +1,4 @@
-"""Table 5.2: FCOS on COCO, 12 epochs, with AdelaiDet's defaults."""
+"""Table 5.2: FCOS on COCO, 12 epochs, the shorter side 640 to 800 px as AdelaiDet has it."""
 
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py'
 
@@ -16,4 +16,16 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='work_dirs/densecl_r50.pth'),
     ),
 )
+train_pipeline = [
+    dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(
+        type='RandomChoiceResize',
+        scales=[(1333, short) for short in (640, 672, 704, 736, 768, 800)],
+        keep_ratio=True,
+    ),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs'),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))

@@ -7,7 +7,7 @@ _base_ = [
     './_base_/freesolo_tiny.py',
     '../../_base_/tiny/demo_instance.py',
     '../../_base_/tiny/demo_schedule.py',
-    'mmdet::_base_/default_runtime.py',
+    '../../_base_/tiny/runtime.py',
 ]
 
 load_pipeline = [
@@ -30,11 +30,6 @@ train_dataloader = dict(
     ),
 )
 
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    logger=dict(interval=10),
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
-)
 train_cfg = dict(max_iters=300)
 # At the 2e-3 of the other toy detectors some masks of iteration 1 end up as the whole image: to
 # the pairwise loss they are perfect, and where they saturate the projections have no gradient.

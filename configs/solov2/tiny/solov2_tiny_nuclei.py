@@ -8,4 +8,4 @@ _base_ = [
 ]
 
 train_cfg = dict(max_iters=1200)
-optim_wrapper = dict(optimizer=dict(fused=True))
+optim_wrapper = dict(optimizer=dict(lr=1e-3, fused=True))
