@@ -4,7 +4,7 @@ _base_ = [
     '../_base_/densecl_r50.py',
     '../_base_/two_views.py',
     '../../_base_/tiny/demo_schedule.py',
-    '../../_base_/tiny/runtime.py',
+    'mmdet::_base_/default_runtime.py',
 ]
 
 model = dict(
@@ -58,3 +58,8 @@ test_dataloader = dict(
 )
 test_evaluator = dict(type='DenseCLCorrespondence')
 val_cfg = None
+log_processor = dict(by_epoch=False)
+default_hooks = dict(
+    logger=dict(interval=10),
+    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
+)
