@@ -3,7 +3,7 @@
 _base_ = [
     './_base_/densecl_r50.py',
     './_base_/two_views.py',
-    'mmdet::_base_/default_runtime.py',
+    '../_base_/runtime_by_iter.py',
 ]
 
 train_dataloader = dict(
@@ -17,7 +17,4 @@ optim_wrapper = dict(
 )
 param_scheduler = [dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False)]
 auto_scale_lr = dict(enable=False, base_batch_size=64)
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=1000, max_keep_ckpts=2),
-)
+default_hooks = dict(checkpoint=dict(interval=1000))

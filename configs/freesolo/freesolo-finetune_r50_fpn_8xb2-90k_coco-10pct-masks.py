@@ -4,7 +4,7 @@ _base_ = [
     './_base_/freesolo-finetune_r50_fpn.py',
     './_base_/coco_few_shot.py',
     './_base_/schedule_90k.py',
-    './_base_/runtime_by_iter.py',
+    '../_base_/runtime_by_iter.py',
 ]
 
 train_dataloader = dict(dataset=dict(limit='masks'))

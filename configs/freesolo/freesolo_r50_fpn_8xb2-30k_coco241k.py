@@ -8,5 +8,5 @@ _base_ = [
     './_base_/freesolo_r50_fpn.py',
     './_base_/coco_pseudo_labels.py',
     './_base_/schedule_30k.py',
-    './_base_/runtime_by_iter.py',
+    '../_base_/runtime_by_iter.py',
 ]

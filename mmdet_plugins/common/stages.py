@@ -190,6 +190,19 @@ def keep_settings(out: Path, settings: dict) -> None:
             json.dump(settings, file, indent=1)
 
 
+def write_config(name: str, cfg: Config, out: Path, **settings: Any) -> Path:
+    """Write the config of ``out / name`` beside that folder, which is kept to it.
+
+    Raises:
+        SystemExit: The folder was made with another config, or other settings.
+    """
+    keep_settings(out / name, {'config': config_digest(cfg), **settings})
+    path = out / f'{name}.py'
+    with atomic_write(path) as file:
+        file.write(cfg.pretty_text)
+    return path
+
+
 def make_stage(name: str, cfg: Config, out: Path, iters: int | None = None) -> Stage:
     """A training of mmdet kept in ``out / name``, its config written beside that folder.
 
@@ -202,11 +215,8 @@ def make_stage(name: str, cfg: Config, out: Path, iters: int | None = None) -> S
     Raises:
         SystemExit: The folder was made with another config or length.
     """
-    stage = Stage(name, 'mmdet', out / f'{name}.py', iters or cfg.train_cfg.max_iters, out / name)
-    keep_settings(stage.work_dir, {'config': config_digest(cfg), 'length': stage.iters})
-    with atomic_write(stage.config) as file:
-        file.write(cfg.pretty_text)
-    return stage
+    iters = iters or cfg.train_cfg.max_iters
+    return Stage(name, 'mmdet', write_config(name, cfg, out, length=iters), iters, out / name)
 
 
 def write_rows(rows: list[dict], target: Path) -> None:

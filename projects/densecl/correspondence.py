@@ -33,13 +33,14 @@ GAP = 16
 COLOURS = dict(right=(60, 180, 60), wrong=(50, 50, 220), hidden=(160, 160, 160))  # BGR
 
 
-def views_of(cfg: Config, image: np.ndarray, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def views_of(cfg: Config, image: np.ndarray, size: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Two views of an image as the config's training makes them; uint8 [2, 3, S, S], [2, 4]."""
     (options,) = (
         step for step in cfg.train_dataloader.dataset.pipeline if step['type'] == 'DenseCLTwoViews'
     )
     options = {key: value for key, value in options.items() if key != 'type'}
-    transform = DenseCLTwoViews(**options | dict(size=size, seed=seed, pairs=1))
+    options |= dict(size=size or options['size'], seed=seed, pairs=1)
+    transform = DenseCLTwoViews(**options)
     sample = transform(dict(img=image, img_id=0))
     return sample['inputs'], sample['frames_xyxy']
 
@@ -100,9 +101,6 @@ def main(arguments: list[str] | None = None) -> None:
     cfg = Config.fromfile(args.config)
     options = cfg.model.data_preprocessor
     preprocessor = DenseCLDataPreprocessor(mean=options.mean, std=options.std)
-    size = args.size or next(
-        step['size'] for step in cfg.train_dataloader.dataset.pipeline if 'size' in step
-    )
     if not cv2.haveImageWriter(str(args.out)):
         raise SystemExit(f'{args.out}: pictures are written as .png or .jpg.')
     rows = []
@@ -110,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         image = cv2.imread(str(path))
         if image is None:
             raise SystemExit(f'{path} cannot be read as an image.')
-        views, frames = views_of(cfg, image, size, args.seed)
+        views, frames = views_of(cfg, image, args.size, args.seed)
         inputs = preprocessor(dict(inputs=views[None]))['inputs'][:, 0]
         for checkpoint in args.checkpoint:
             torch.manual_seed(0)

@@ -26,13 +26,12 @@ from mmdet_plugins.common.pseudo_store import LABELS
 from mmdet_plugins.common.report import write_report
 from mmdet_plugins.common.stages import (
     Stage,
-    config_digest,
     environment,
     evaluate,
-    keep_settings,
     mim,
     prepare_data,
     train,
+    write_config,
 )
 from mmdet_plugins.freesolo.clusters import write_clusters
 from mmdet_plugins.freesolo.health import write_health
@@ -93,11 +92,7 @@ class Recipe:
                     bound_size(cfg[f'{part}_dataloader'].dataset)
             if not self.labelled:
                 cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-        keep_settings(self.out / name, {'config': config_digest(cfg)})
-        path = self.out / f'{name}.py'
-        with atomic_write(path) as file:
-            file.write(cfg.pretty_text)
-        return path, cfg
+        return write_config(name, cfg, self.out), cfg
 
     def trained(self, name: str, base: str, changes: Mapping[str, Any]) -> Stage:
         """Train through ``mim train``, unless that is done."""

@@ -9,7 +9,6 @@ the demo's synthetic set, one seed. The scores go to ``results/uvo_ladder_tiny.j
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from mmengine.config import Config
@@ -25,6 +24,7 @@ from mmdet_plugins.common.stages import (
     keep_settings,
     prepare_data,
     train,
+    write_rows,
 )
 
 REPO = Path(__file__).resolve().parents[2]
@@ -116,12 +116,9 @@ def main() -> None:
         | {'iterations': args.iters, 'seed': args.seed, 'commit': commit()}
         for stage in stages
     ]
-    with atomic_write(args.json) as file:
-        json.dump(table, file, indent=1)
-        file.write('\n')
     for line in table:
         print(line['row'].ljust(24), *(f'{line[f"AR@{k}"]:6.1f}' for k in BUDGETS))
-    print(f'{args.json}; tools/build_tables.py takes it to the README')
+    write_rows(table, args.json)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ are read as mmdet reads VOC's, less one pixel on the right and at the bottom.
 _base_ = [
     './_base_/faster-rcnn_r50_c4.py',
     'mmdet::_base_/datasets/voc0712.py',
-    'mmdet::_base_/default_runtime.py',
+    '../../_base_/runtime_by_iter.py',
 ]
 
 train_pipeline = [
@@ -69,7 +69,4 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=2)
-)
+default_hooks = dict(checkpoint=dict(interval=2000))

@@ -7,7 +7,7 @@ order of the file, which is a random one.
 _base_ = [
     './_base_/mask-rcnn_r50_fpn.py',
     '../../_base_/datasets/coco_instance_ms.py',
-    'mmdet::_base_/default_runtime.py',
+    '../../_base_/runtime_by_iter.py',
 ]
 
 train_dataloader = dict(
@@ -26,7 +26,3 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-log_processor = dict(by_epoch=False)
-default_hooks = dict(
-    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=2)
-)

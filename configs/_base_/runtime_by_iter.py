@@ -1,3 +1,5 @@
+"""mmdet's runtime for runs that are counted in iterations."""
+
 _base_ = 'mmdet::_base_/default_runtime.py'
 
 log_processor = dict(by_epoch=False)
