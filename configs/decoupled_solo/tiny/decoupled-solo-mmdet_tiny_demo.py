@@ -13,6 +13,7 @@ model = dict(
         num_grids=[24, 18, 12, 8],
         strides=[8, 8, 16, 16],
         scale_ranges=[(1, 24), (12, 40), (24, 80), (48, 512)],
+        pos_scale=0.5,
         norm_cfg=dict(type='GN', num_groups=8),
         loss_mask=dict(type='DiceLoss', use_sigmoid=True, activate=False, loss_weight=3.0),
         loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
