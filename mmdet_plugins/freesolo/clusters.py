@@ -119,6 +119,7 @@ def write_clusters(
     annotations = data['annotations']
     embeddings = check_embeddings(str(path), [annotation['id'] for annotation in annotations])
     clusters = cluster(embeddings, k, seed)
+    angles = np.degrees(np.arccos(clusters.cosines.clip(-1, 1)))
     images = {image['id']: image for image in data['images']}
     notices: dict[str, None] = {}
     body = ''
@@ -132,12 +133,12 @@ def write_clusters(
             name = escape(Path(entry['file_name']).name)
             crops += (
                 f'<button type="button"><img alt="{name}" src="{data_uri(picture)}">'
-                f'<span>{clusters.cosines[i]:.2f}</span></button>'
+                f'<span>{angles[i]:.1f}°</span></button>'
             )
-        mean = clusters.cosines[members].mean() if size else 0
+        mean = angles[members].mean() if size else 0
         body += (
-            f'<h3>{number + 1}</h3><p>{report_page.counted(int(size), "object")} · mean cosine '
-            f'{mean:.2f}</p><div class="views" style="{GRID}">{crops}</div>'
+            f'<h3>{number + 1}</h3><p>{report_page.counted(int(size), "object")} · mean angle '
+            f'{mean:.1f}°</p><div class="views" style="{GRID}">{crops}</div>'
         )
     lost = int((clusters.labels < 0).sum())
     body = f"""
@@ -146,7 +147,7 @@ def write_clusters(
 {report_page.counted(len(images), 'image')} in {report_page.counted(k, 'cluster')}{
         f'; {lost:,} without an embedding' if lost else ''
     }. Shown are those nearest to the centre,
-with their cosine to it.</p></header>
+with their angle to it.</p></header>
 <section>{report_page.trouble(list(notices))}{body}</section>
 """
     with atomic_write(out_html) as file:
