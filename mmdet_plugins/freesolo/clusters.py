@@ -24,6 +24,7 @@ from .datasets import check_embeddings
 FITTED = 20_000  # objects, drawn at random, that centres are made of
 TRIES = 4  # first guesses, of which the best outcome is taken
 ROWS = 65_536  # that are looked at at a time
+CROPS = 12  # shown of a cluster, those nearest to its centre
 CROP_PX = 160
 GRID = 'grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); align-items: start'
 
@@ -95,7 +96,6 @@ def write_clusters(
     out_html: JsonFile,
     k: int = 20,
     out_json: JsonFile | None = None,
-    num_crops: int = 12,
     seed: int = 0,
 ) -> Clusters:
     """Cluster the objects of pseudo-labels, and write a page of their pictures.
@@ -107,7 +107,6 @@ def write_clusters(
         k: Number of clusters.
         out_json: Where to write the labels with a category for each cluster, if anywhere. Objects
             of no cluster are left out.
-        num_crops: Objects shown of a cluster: those nearest to its centre.
         seed: Of the first guesses.
 
     Raises:
@@ -125,7 +124,7 @@ def write_clusters(
     body = ''
     for number, (size, colour) in enumerate(zip(clusters.sizes, colours(k), strict=True)):
         members = np.flatnonzero(clusters.labels == number)
-        nearest = members[np.argsort(-clusters.cosines[members], kind='stable')][:num_crops]
+        nearest = members[np.argsort(-clusters.cosines[members], kind='stable')][:CROPS]
         crops = ''
         for i in nearest:
             entry = images[annotations[i]['image_id']]

@@ -29,6 +29,7 @@ from ..ops.coco_json import (
 from ..ops.images import read_image
 from ..ops.rle import area, segmentation_to_rle
 
+TITLE = 'Found without labels'
 COUNT_EDGES = (0, 1, 2, 3, 5, 9, 17)
 SIDE_EDGES_PX = (0, 8, 16, 32, 64, 128, 256)
 COVERAGE_EDGES = (0, 1, 10, 25, 50, 75, 90)  # percent
@@ -216,7 +217,6 @@ def write_health(
     image_root: JsonFile,
     out_html: JsonFile,
     listing: JsonFile | None = None,
-    title: str = 'Found without labels',
     num_images: int = 4,
 ) -> Path:
     """Write the page.
@@ -228,7 +228,6 @@ def write_health(
             as a grey frame and named.
         out_html: The page, self-contained. Written atomically.
         listing: As for :func:`read_stage`.
-        title: Heading.
         num_images: Images of each kind: the most certain, the least certain, and those in which
             most was dropped.
 
@@ -254,7 +253,7 @@ def write_health(
         figures = ''.join(_card(image, Path(image_root), notices) for image in images)
         cards += f'<h3>{kind}</h3><div class="cards">{figures}</div>'
     body = f"""
-<header><h1>{escape(title)}</h1>
+<header><h1>{TITLE}</h1>
 <p class="lede">Masks of <b>{escape(next(iter(found)))}</b>, and what was left out of them. No label
 was looked at.</p></header>
 <section><h2>Figures</h2>{_table({name: stage.figures() for name, stage in found.items()})}
@@ -267,7 +266,7 @@ dropped.</p>
 {report_page.trouble(notices)}{cards}</section>
 """
     with atomic_write(out_html) as file:
-        file.write(report_page.page(title, body))
+        file.write(report_page.page(TITLE, body))
     return Path(out_html)
 
 
