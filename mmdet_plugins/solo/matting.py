@@ -24,12 +24,11 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet_plugins.common.location_head import SOLODynamicHead, flatten_grids, frame_of
-from mmdet_plugins.ops.dice import dynamic_mask_logits, wide
-from mmdet_plugins.ops.grid_targets import GridTargets
-from mmdet_plugins.ops.instance_masks import BYTE_BUDGET, Frame
-from mmdet_plugins.ops.matting import matte_dice_loss
-
+from ..common.location_head import SOLODynamicHead, flatten_grids, frame_of
+from ..ops.dice import dynamic_mask_logits, wide
+from ..ops.grid_targets import GridTargets
+from ..ops.instance_masks import BYTE_BUDGET, Frame
+from ..ops.matting import matte_dice_loss
 from .matting_data import MIDDLE
 
 STRIDE = 4
