@@ -25,6 +25,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..common.location_head import SOLODynamicHead, flatten_grids, frame_of
+from ..common.ranks import mean_over_ranks
 from ..ops.dice import dynamic_mask_logits, wide
 from ..ops.grid_targets import GridTargets
 from ..ops.instance_masks import BYTE_BUDGET, Frame
@@ -165,7 +166,7 @@ class SOLOMattingHead(SOLODynamicHead):
         mattes = mattes[positives.object_idx]
         dice = matte_dice_loss(probs, mattes, self.loss_mask.eps).sum()
         absolute = (probs - mattes).abs().mean((1, 2)).sum()
-        num_pos = targets.num_positives.clamp(min=1)
+        num_pos = mean_over_ranks(targets.num_positives)
         losses = dict(
             loss_mask=self.loss_mask.loss_weight * dice / num_pos,
             loss_matte=self.loss_matte_weight * absolute / num_pos,
