@@ -244,8 +244,8 @@ def commit(*work_dirs: Path) -> str:
     """
     if work_dirs:
         notes = (work_dir / _COMMIT for work_dir in work_dirs)
-        known = dict.fromkeys(note.read_text().strip() for note in notes if note.exists())
-        return ', '.join(filter(None, known))
+        known = {note.read_text().strip() for note in notes if note.exists()}
+        return ', '.join(sorted(known - {''}))
     command = ['git', 'rev-parse', '--short', 'HEAD']
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.strip()
 
