@@ -33,6 +33,13 @@ IMAGE_HW = (96, 128)
 # method_backbone_neck_batch_data
 PATTERN = r'[a-z\d-]+(_[a-z\d-]+){2}_\d+xb\d+-[a-z\d]+_[a-z\d.-]+'
 USERS_NAMES = {'cascade_rpn_swinl', 'cascade_rpn_swinl_uvo-finetune'}
+# of config folders that are not called as their room is
+ROOMS = {
+    '_base_': set(),
+    'decoupled_solo': {'solo'},
+    'solov2': {'solo'},
+    'uvo': {'cascade_rpn', 'box_crop'},
+}
 
 
 def by_size(names: Iterator[str]) -> list:
@@ -70,6 +77,12 @@ def depth(path: Path) -> int:
     return max((1 + depth(base) for base in bases(path)), default=0)
 
 
+def rooms(path: Path) -> set[str]:
+    """The rooms that a config belongs to; none if all may share it."""
+    folder = path.relative_to(ROOT).parts[0]
+    return ROOMS.get(folder, {folder})
+
+
 def test_names_are_unique_and_follow_the_pattern():
     stems = [path.stem for path in ROOT.rglob('*.py') if '_base_' not in path.parts]
     assert len(set(stems)) == len(stems) > 0
@@ -89,6 +102,14 @@ def test_chain_is_short_and_registers_once(name):
     imports = Config.fromfile(path, import_custom_modules=False).custom_imports
     assert imports.imports[0] == 'mmdet_plugins.common.runtime'
     assert imports.allow_failed_imports is False
+    assert {module.split('.')[1] for module in imports.imports} <= rooms(path) | {'common'}
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.rglob('*.py')), ids=lambda path: path.stem)
+def test_rooms_do_not_inherit_rooms(path):
+    for base in bases(path):
+        if base.is_relative_to(ROOT):
+            assert rooms(base) <= rooms(path), f'{path} inherits {base}'
 
 
 @pytest.mark.parametrize('path', sorted(ROOT.rglob('*.py')), ids=lambda path: path.stem)

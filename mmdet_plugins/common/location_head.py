@@ -26,7 +26,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..ops.dice import dynamic_mask_logits, mask_dice_loss, wide
-from ..ops.grid_targets import GridTargets, grid_targets
+from ..ops.grid_targets import GridTargets, Positives, grid_targets
 from ..ops.instance_masks import Frame
 from .dynamic_mask_head import DynamicMaskHead, UnifiedMaskFeatures
 from .finite import require_finite
@@ -309,10 +309,19 @@ class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
     def positive_masks(self, outputs: tuple, targets: GridTargets) -> list[PositiveMasks]:
         if not self.unified:
             return super().positive_masks(outputs, targets)
-        positives, counts = targets.by_image()
+        return [self.unified_masks(outputs, targets, *targets.by_image())]
+
+    def unified_masks(
+        self, outputs: tuple, targets: GridTargets, positives: Positives, counts: Sequence[int]
+    ) -> PositiveMasks:
+        """Predictions of cells, ordered by image, on the one map of mask features.
+
+        Args:
+            counts: How many of the cells each image has.
+        """
         kernels = flatten_grids(outputs[1])[positives.image_idx, positives.cell_idx]
         logits = dynamic_mask_logits(outputs[2][0], kernels, counts)
-        return [PositiveMasks((logits,), targets.masks[0], positives.object_idx)]
+        return PositiveMasks((logits,), targets.masks[0], positives.object_idx)
 
     def candidate_maps(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
         if not self.unified:

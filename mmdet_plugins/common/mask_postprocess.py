@@ -14,6 +14,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from ..ops.instance_masks import (
+    BYTE_BUDGET,
     Frame,
     resize_instances,
     select_by_nms,
@@ -91,7 +92,7 @@ class SOLOPostProcessor:
         filter_thr: float = 0.05,
         max_per_img: int = 100,
         mask_format: str = 'rle',
-        byte_budget: int = 64 << 20,
+        byte_budget: int = BYTE_BUDGET,
     ) -> None:
         if mask_format not in ('rle', 'dense'):
             raise ValueError(f"mask_format must be 'rle' or 'dense', not {mask_format!r}")

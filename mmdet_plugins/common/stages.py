@@ -23,6 +23,7 @@ from .files import atomic_write
 from .synthetic import make_demo_data
 
 REPO = Path(__file__).resolve().parents[2]
+_COMMIT = 'commit.txt'
 _ITERATION = re.compile(r'Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?eta: (\S+).*?\bloss: (\S+)')
 
 
@@ -58,6 +59,9 @@ class Training:
         self.log.seek(0, os.SEEK_END)
         self.process = None
         if self._lock():
+            if not (stage.work_dir / 'last_checkpoint').exists():  # otherwise it is resumed
+                with atomic_write(stage.work_dir / _COMMIT) as file:
+                    file.write(commit())
             command = mim('train', stage.package, stage.config, '--work-dir', stage.work_dir)
             options = data_options(Config.fromfile(stage.config), data)
             command += ['--resume', '--cfg-options', f'train_cfg.max_iters={stage.iters}']
@@ -233,8 +237,15 @@ def spread(values: list[float], digits: int) -> str:
     return f'{mean(values):.{digits}f}{deviation}'
 
 
-def commit() -> str:
-    """Short hash of what is checked out; empty outside a repository."""
+def commit(*work_dirs: Path) -> str:
+    """Short hash of what is checked out, or was when the trainings of ``work_dirs`` began.
+
+    Hashes that differ are all given; the answer is empty where nothing is known.
+    """
+    if work_dirs:
+        notes = (work_dir / _COMMIT for work_dir in work_dirs)
+        known = {note.read_text().strip() for note in notes if note.exists()}
+        return ', '.join(sorted(known - {''}))
     command = ['git', 'rev-parse', '--short', 'HEAD']
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.strip()
 

@@ -37,7 +37,7 @@ class DenseCLWarmupHook(Hook):
 
 @HOOKS.register_module()
 class DenseCLQueueSizeHook(Hook):
-    """Keeps the queues of a small data set from holding keys of the very images they are not.
+    """Shortens the queues for a small data set, as negatives must not show the query's own image.
 
     They get half as many keys as there are images at most (COCO has 1.8 images a key), but those of
     one batch at least.

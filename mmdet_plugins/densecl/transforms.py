@@ -24,7 +24,8 @@ class DenseCLTwoViews(BaseTransform):
         size: Side of a view, px.
         scale: Range of the share of the image's area that a view shows.
         ratio: Range of its aspect ratio.
-        jitter: Strengths of brightness, contrast, saturation and hue, and how often they change.
+        jitter: Strengths of changes in brightness, contrast, saturation and hue.
+        jitter_prob: How often they change.
         grey_prob: How often a view is grey.
         blur_sigma: Range of the blur's sigma, px of the view.
         blur_prob: How often it is blurred.

@@ -12,9 +12,8 @@ box of a coarse mask, as in BoxInst; the released code leaves out rows and colum
 does not touch.
 """
 
-from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
-from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor
-
+from ..common.location_head import SOLODiceLoss, SOLODynamicHead
+from ..common.mask_postprocess import SOLOPostProcessor
 from .datasets import FreeSOLODataset, FreeSOLOFewShotDataset
 from .free_mask import FreeSOLOFreeMask
 from .head import FreeSOLOHead

@@ -24,6 +24,7 @@ from .datasets import check_embeddings
 FITTED = 20_000  # objects, drawn at random, that centres are made of
 TRIES = 4  # first guesses, of which the best outcome is taken
 ROWS = 65_536  # that are looked at at a time
+CROPS = 12  # shown of a cluster, those nearest to its centre
 CROP_PX = 160
 GRID = 'grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); align-items: start'
 
@@ -95,7 +96,6 @@ def write_clusters(
     out_html: JsonFile,
     k: int = 20,
     out_json: JsonFile | None = None,
-    num_crops: int = 12,
     seed: int = 0,
 ) -> Clusters:
     """Cluster the objects of pseudo-labels, and write a page of their pictures.
@@ -107,7 +107,6 @@ def write_clusters(
         k: Number of clusters.
         out_json: Where to write the labels with a category for each cluster, if anywhere. Objects
             of no cluster are left out.
-        num_crops: Objects shown of a cluster: those nearest to its centre.
         seed: Of the first guesses.
 
     Raises:
@@ -119,12 +118,13 @@ def write_clusters(
     annotations = data['annotations']
     embeddings = check_embeddings(str(path), [annotation['id'] for annotation in annotations])
     clusters = cluster(embeddings, k, seed)
+    angles = np.degrees(np.arccos(clusters.cosines.clip(-1, 1)))
     images = {image['id']: image for image in data['images']}
     notices: dict[str, None] = {}
     body = ''
     for number, (size, colour) in enumerate(zip(clusters.sizes, colours(k), strict=True)):
         members = np.flatnonzero(clusters.labels == number)
-        nearest = members[np.argsort(-clusters.cosines[members], kind='stable')][:num_crops]
+        nearest = members[np.argsort(-clusters.cosines[members], kind='stable')][:CROPS]
         crops = ''
         for i in nearest:
             entry = images[annotations[i]['image_id']]
@@ -132,12 +132,12 @@ def write_clusters(
             name = escape(Path(entry['file_name']).name)
             crops += (
                 f'<button type="button"><img alt="{name}" src="{data_uri(picture)}">'
-                f'<span>{clusters.cosines[i]:.2f}</span></button>'
+                f'<span>{angles[i]:.1f}°</span></button>'
             )
-        mean = clusters.cosines[members].mean() if size else 0
+        mean = angles[members].mean() if size else 0
         body += (
-            f'<h3>{number + 1}</h3><p>{report_page.counted(int(size), "object")} · mean cosine '
-            f'{mean:.2f}</p><div class="views" style="{GRID}">{crops}</div>'
+            f'<h3>{number + 1}</h3><p>{report_page.counted(int(size), "object")} · mean angle '
+            f'{mean:.1f}°</p><div class="views" style="{GRID}">{crops}</div>'
         )
     lost = int((clusters.labels < 0).sum())
     body = f"""
@@ -146,7 +146,7 @@ def write_clusters(
 {report_page.counted(len(images), 'image')} in {report_page.counted(k, 'cluster')}{
         f'; {lost:,} without an embedding' if lost else ''
     }. Shown are those nearest to the centre,
-with their cosine to it.</p></header>
+with their angle to it.</p></header>
 <section>{report_page.trouble(list(notices))}{body}</section>
 """
     with atomic_write(out_html) as file:

@@ -15,10 +15,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..common.finite import require_finite
-from ..common.location_head import PositiveMasks, SOLODynamicHead
+from ..common.location_head import SOLODynamicHead
 from ..common.ranks import mean_over_ranks
 from ..ops.dice import wide
-from ..ops.grid_targets import GridTargets, image_of_objects
+from ..ops.grid_targets import Positives, image_of_objects
 from .losses import FreeSOLOWeakMaskLoss
 
 
@@ -111,36 +111,44 @@ class FreeSOLOHead(SOLODynamicHead):
             has_masks: Which of the N images train masks; None for all.
         """
         targets = self.get_targets(outputs, batch_gt_instances)
-        (masks,) = self.positive_masks(outputs, targets)
-        image_idx = image_of_objects(targets.num_objects, masks.object_idx.device)
-        owned = targets.owner >= 0
+        positives, counts = targets.by_image()
+        owned, trained = targets.owner >= 0, positives
         if has_masks is not None and not all(has_masks):
-            usable = torch.tensor(has_masks, device=image_idx.device)
+            usable = torch.tensor(has_masks, device=owned.device)
             owned = owned[usable]
-            kept = usable[image_idx[masks.object_idx]]
-            (logits,) = masks.factors
-            masks = PositiveMasks((logits[kept],), masks.targets, masks.object_idx[kept])
+            trained = Positives(*(part[usable[positives.image_idx]] for part in positives))
+            counts = [n if has else 0 for n, has in zip(counts, has_masks, strict=True)]
+        masks = self.unified_masks(outputs, targets, trained, counts)
         num_positives = mean_over_ranks(owned.sum())
         if self.weak:
+            image_idx = image_of_objects(targets.num_objects, owned.device)
             losses = self.loss_mask(masks, num_positives, affinity, image_idx)
         else:
             losses = dict(loss_mask=self.loss_mask(*masks).sum() / num_positives)
         losses['loss_cls'] = self.category_loss(outputs, targets)
         if self.embed_dims is not None:
-            losses['loss_embed'] = self.embedding_loss(outputs, targets, batch_gt_instances)
+            losses['loss_embed'] = self.embedding_loss(outputs, positives, batch_gt_instances)
         return losses
 
     def embedding_loss(
-        self, outputs: tuple, targets: GridTargets, batch_gt_instances: list[InstanceData]
+        self, outputs: tuple, positives: Positives, batch_gt_instances: list[InstanceData]
     ) -> Tensor:
-        """``beta (1 - cos)``, the mean over positive cells (equation 6.7)."""
+        """``beta (1 - cos)``, the mean over positive cells (equation 6.7).
+
+        Args:
+            outputs: Of :meth:`forward`.
+            positives: The cells, each with its object.
+            batch_gt_instances: Of N images, with ``embeddings``.
+
+        Raises:
+            KeyError, ValueError: There are no embeddings, or they are not of E numbers.
+        """
         if missing := [i for i, gts in enumerate(batch_gt_instances) if 'embeddings' not in gts]:
             raise KeyError(
                 f'image {missing[0]} of the batch comes without embeddings: load them by '
                 'FreeSOLOLoadAnnotations and pack them by FreeSOLOPackInputs, or train without '
                 'the branch by model.mask_head.embed_dims=None'
             )
-        positives, _ = targets.by_image()
         found = self.embeddings(outputs[3], positives.image_idx, positives.cell_idx)
         wanted = torch.cat([gts.embeddings.to(found) for gts in batch_gt_instances])
         if wanted.shape[1] != self.embed_dims:

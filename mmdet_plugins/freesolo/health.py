@@ -29,6 +29,7 @@ from ..ops.coco_json import (
 from ..ops.images import read_image
 from ..ops.rle import area, segmentation_to_rle
 
+TITLE = 'Found without labels'
 COUNT_EDGES = (0, 1, 2, 3, 5, 9, 17)
 SIDE_EDGES_PX = (0, 8, 16, 32, 64, 128, 256)
 COVERAGE_EDGES = (0, 1, 10, 25, 50, 75, 90)  # percent
@@ -55,6 +56,7 @@ class ImageHealth:
     Attributes:
         entry: Its COCO entry.
         rles: n masks.
+        areas: ``[n]``, px.
         scores: ``[n]``, NaN for a mask without one.
         coverage: Part of the image that lies in any mask.
         dropped: How many masks each rule took.
@@ -62,6 +64,7 @@ class ImageHealth:
 
     entry: Mapping
     rles: Sequence[dict]
+    areas: np.ndarray
     scores: np.ndarray
     coverage: float
     dropped: Mapping[str, int]
@@ -115,7 +118,7 @@ class StageHealth:
 
     def sides_px(self) -> np.ndarray:
         """Square roots of the areas of all masks."""
-        return np.sqrt(area([rle for image in self.images for rle in image.rles]))
+        return np.sqrt(np.concatenate([np.zeros(0), *(image.areas for image in self.images)]))
 
     def histograms(self) -> dict[str, list[tuple[str, int, float]]]:
         """``(bin, number, share)`` by what they count."""
@@ -179,7 +182,7 @@ def _measure(entry: Mapping, annotations: Sequence[Mapping], dropped: Mapping) -
         raise ValueError(f'{entry["file_name"]}: one of its masks is none: {error}.') from None
     covered = int(area([coco_mask.merge(rles)])[0]) if rles else 0
     scores = np.array([found.get('score', np.nan) for found in annotations], float)
-    return ImageHealth(entry, rles, scores, covered / (size[0] * size[1]), dropped)
+    return ImageHealth(entry, rles, area(rles), scores, covered / (size[0] * size[1]), dropped)
 
 
 def histogram(
@@ -214,7 +217,6 @@ def write_health(
     image_root: JsonFile,
     out_html: JsonFile,
     listing: JsonFile | None = None,
-    title: str = 'Found without labels',
     num_images: int = 4,
 ) -> Path:
     """Write the page.
@@ -226,7 +228,6 @@ def write_health(
             as a grey frame and named.
         out_html: The page, self-contained. Written atomically.
         listing: As for :func:`read_stage`.
-        title: Heading.
         num_images: Images of each kind: the most certain, the least certain, and those in which
             most was dropped.
 
@@ -252,7 +253,7 @@ def write_health(
         figures = ''.join(_card(image, Path(image_root), notices) for image in images)
         cards += f'<h3>{kind}</h3><div class="cards">{figures}</div>'
     body = f"""
-<header><h1>{escape(title)}</h1>
+<header><h1>{TITLE}</h1>
 <p class="lede">Masks of <b>{escape(next(iter(found)))}</b>, and what was left out of them. No label
 was looked at.</p></header>
 <section><h2>Figures</h2>{_table({name: stage.figures() for name, stage in found.items()})}
@@ -265,7 +266,7 @@ dropped.</p>
 {report_page.trouble(notices)}{cards}</section>
 """
     with atomic_write(out_html) as file:
-        file.write(report_page.page(title, body))
+        file.write(report_page.page(TITLE, body))
     return Path(out_html)
 
 

@@ -39,8 +39,9 @@ class FreeSOLODataPreprocessor(DetDataPreprocessor):
         self.bottom_pixels_removed = bottom_pixels_removed
 
     def forward(self, data: dict, training: bool = False) -> dict:
+        """As mmdet's; the views of :class:`.FreeSOLOStrongView` become images of one batch."""
         if isinstance(data['inputs'], Sequence) and isinstance(data['inputs'][0], Sequence):
-            data = {key: [*chain(*views)] for key, views in data.items()}  # of FreeSOLOStrongView
+            data = {key: [*chain(*views)] for key, views in data.items()}
         data = super().forward(data, training)
         if not training:
             return data

@@ -13,9 +13,8 @@ where the thesis divides, as all released code does. The detector around the hea
 Panoptic segmentation and matting of instances have no released code; they stand in their own files.
 """
 
-from mmdet_plugins.common.location_head import SOLODiceLoss, SOLODynamicHead
-from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor
-
+from ..common.location_head import SOLODiceLoss, SOLODynamicHead
+from ..common.mask_postprocess import SOLOPostProcessor
 from .datasets import SOLOLoadPanopticAnnotations, SOLOLVISDataset
 from .head import SOLODecoupledHead, SOLOVanillaHead
 from .losses import SOLOMaskBCELoss, SOLOMaskFocalLoss

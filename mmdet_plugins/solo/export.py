@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
 from torch import Tensor, nn
 
-from mmdet_plugins.common.deform import AnyDeviceDCNv2, AnyDeviceDeformConv2d, is_plain
-from mmdet_plugins.common.location_head import SOLODynamicHead, flatten_grids
-from mmdet_plugins.common.mask_postprocess import SOLOPostProcessor, grid_scores
-from mmdet_plugins.ops.instance_masks import mask_boxes
-from mmdet_plugins.ops.matrix_nms import matrix_decay
+from ..common.deform import AnyDeviceDCNv2, AnyDeviceDeformConv2d, is_plain
+from ..common.location_head import SOLODynamicHead, flatten_grids
+from ..common.mask_postprocess import SOLOPostProcessor, grid_scores
+from ..ops.instance_masks import mask_boxes
+from ..ops.matrix_nms import matrix_decay
 
 
 class BatchInstances(NamedTuple):

@@ -10,9 +10,8 @@ Shapes: Q positive or candidate cells, S cells a side of a level's grid, ``h w``
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from mmdet_plugins.common.location_head import LevelMaskHead
-from mmdet_plugins.ops.dice import dynamic_mask_logits
-
+from ..common.location_head import LevelMaskHead
+from ..ops.dice import dynamic_mask_logits
 from .network import DecoupledNetwork, VanillaNetwork, upsample
 
 

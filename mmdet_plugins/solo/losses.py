@@ -10,7 +10,7 @@ that predicts it, and keep half a dozen maps a mask for the gradient.
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet_plugins.ops.dice import mask_bce_loss, mask_focal_loss
+from ..ops.dice import mask_bce_loss, mask_focal_loss
 
 
 @MODELS.register_module()

@@ -24,12 +24,12 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet_plugins.common.location_head import SOLODynamicHead, flatten_grids, frame_of
-from mmdet_plugins.ops.dice import dynamic_mask_logits, wide
-from mmdet_plugins.ops.grid_targets import GridTargets
-from mmdet_plugins.ops.instance_masks import BYTE_BUDGET, Frame
-from mmdet_plugins.ops.matting import matte_dice_loss
-
+from ..common.location_head import SOLODynamicHead, flatten_grids, frame_of
+from ..common.ranks import mean_over_ranks
+from ..ops.dice import dynamic_mask_logits, wide
+from ..ops.grid_targets import GridTargets
+from ..ops.instance_masks import BYTE_BUDGET, Frame
+from ..ops.matting import matte_dice_loss
 from .matting_data import MIDDLE
 
 STRIDE = 4
@@ -166,7 +166,7 @@ class SOLOMattingHead(SOLODynamicHead):
         mattes = mattes[positives.object_idx]
         dice = matte_dice_loss(probs, mattes, self.loss_mask.eps).sum()
         absolute = (probs - mattes).abs().mean((1, 2)).sum()
-        num_pos = targets.num_positives.clamp(min=1)
+        num_pos = mean_over_ranks(targets.num_positives)
         losses = dict(
             loss_mask=self.loss_mask.loss_weight * dice / num_pos,
             loss_matte=self.loss_matte_weight * absolute / num_pos,

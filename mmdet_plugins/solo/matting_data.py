@@ -24,14 +24,14 @@ from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get
 from torch import Tensor
 
-from mmdet_plugins.ops.matting import (
+from ..ops.matting import (
     absolute_error,
     connectivity_error,
     gradient_error,
     paste_matte,
     squared_error,
 )
-from mmdet_plugins.ops.rle import decode_rle
+from ..ops.rle import decode_rle
 
 MIDDLE = 128
 """Pixels of at least this value count as the object's own where a mask is asked for."""

@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmdet_plugins.common.dynamic_mask_head import (
+from ..common.dynamic_mask_head import (
     GROUP_NORM,
     ConvTower,
     pixel_coordinates,

@@ -20,10 +20,10 @@ from mmdet.structures import SampleList
 from mmengine.structures import PixelData
 from torch import Tensor
 
-from mmdet_plugins.common.finite import require_finite
-from mmdet_plugins.common.location_head import frame_of
-from mmdet_plugins.ops.instance_masks import BYTE_BUDGET, Frame
-from mmdet_plugins.ops.panoptic import merge_panoptic
+from ..common.finite import require_finite
+from ..common.location_head import frame_of
+from ..ops.instance_masks import BYTE_BUDGET, Frame
+from ..ops.panoptic import merge_panoptic
 
 
 @MODELS.register_module()

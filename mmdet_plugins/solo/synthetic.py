@@ -14,8 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmdet_plugins.common.files import atomic_write
-from mmdet_plugins.common.synthetic import (
+from ..common.files import atomic_write
+from ..common.synthetic import (
     KNOWN,
     KNOWN_HUES,
     PATTERNS,
@@ -23,8 +23,8 @@ from mmdet_plugins.common.synthetic import (
     background,
     texture,
 )
-from mmdet_plugins.ops.matting import paste_matte
-from mmdet_plugins.ops.panoptic import encode_id_png
+from ..ops.matting import paste_matte
+from ..ops.panoptic import encode_id_png
 
 PANOPTIC_CATEGORIES = [
     dict(id=i, name=name, isthing=int(name in KNOWN))

@@ -73,6 +73,7 @@ class Recipe:
         self.out = self.out.resolve()
         self.bounded = args.data is not None
         self.stores: dict[str, Path] = {}
+        self.objects = 0  # in the newest of them
         self.train_source, self.val_source = (
             dict(ann_file=f'instances_{split}.json', img='images/')
             if self.labelled
@@ -135,12 +136,10 @@ class Recipe:
                 f'{name}: nothing was found certain enough in {len(content["images"])} images: '
                 'start again with longer trainings, --fresh --iters N'
             )
+        objects = len(content['annotations'])
         if source == self.train_source:
-            self.stores[name] = folder
-        print(
-            f'{name}: {len(content["annotations"])} masks in {len(content["images"])} images',
-            flush=True,
-        )
+            self.stores[name], self.objects = folder, objects
+        print(f'{name}: {objects} masks in {len(content["images"])} images', flush=True)
         return labels
 
     def run(self, iterations: int) -> None:
@@ -204,11 +203,9 @@ class Recipe:
         """What was found in the images learnt from, and its objects in clusters."""
         stages = dict(reversed(self.stores.items()))
         print(write_health(stages, self.data, self.out / 'health.html'))
-        newest = next(iter(stages.values()))
-        objects = len(json.loads((newest / LABELS).read_text())['annotations'])
-        page = self.out / 'clusters.html'
+        page, newest = self.out / 'clusters.html', next(iter(stages.values()))
         try:
-            write_clusters(newest, self.data, page, min(CLUSTERS, objects))
+            write_clusters(newest, self.data, page, min(CLUSTERS, self.objects))
             print(page)
         except ValueError as error:
             print(f'no page of clusters: {error}')

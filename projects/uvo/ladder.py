@@ -113,7 +113,7 @@ def main() -> None:
         {'row': stage.name}
         | {f'AR@{k}': 100 * scores[stage][f'open_world/bbox_AR@{k}'] for k in BUDGETS}
         | {f'paper {k}': value for k, value in zip(BUDGETS, PAPER[stage.name], strict=True)}
-        | {'iterations': args.iters, 'seed': args.seed, 'commit': commit()}
+        | {'iterations': args.iters, 'seed': args.seed, 'commit': commit(stage.work_dir)}
         for stage in stages
     ]
     for line in table:

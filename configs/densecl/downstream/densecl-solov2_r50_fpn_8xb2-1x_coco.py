@@ -1,7 +1,10 @@
 """Table 5.2: SOLOv2 on COCO, 12 epochs."""
 
-_base_ = '../../solov2/solov2_r50_fpn_8xb2-1x_coco.py'
+_base_ = [
+    './_base_/solov2_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_instance.py',
+    '../../_base_/schedules/sgd_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]
 
-model = dict(
-    backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='work_dirs/densecl_r50.pth'))
-)
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))

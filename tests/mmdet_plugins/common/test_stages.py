@@ -5,7 +5,10 @@ import json
 import pytest
 from mmengine.config import Config
 
+from mmdet_plugins.common import stages
 from mmdet_plugins.common.stages import (
+    Training,
+    commit,
     config_digest,
     data_options,
     keep_settings,
@@ -82,3 +85,23 @@ def test_made_up_data_is_made_once_as_asked_for(tmp_path):
 def test_values_of_seeds_are_summed_up():
     assert spread([0.1, 0.2, 0.6], 2) == '0.30 ± 0.26'  # the deviation of a sample: n - 1
     assert spread([0.5], 3) == '0.500'
+
+
+def test_a_commit_is_that_of_the_code_which_a_training_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, 'mim', lambda *arguments: ['true'])
+    stage = make_stage('toy', Config(dict(train_cfg=dict(max_iters=7))), tmp_path)
+
+    def start(checked_out: str) -> str:
+        monkeypatch.setattr(stages, 'commit', lambda: checked_out)
+        Training(stage, tmp_path, {}).process.wait()
+        return commit(stage.work_dir)
+
+    assert start('abc') == 'abc'
+    assert start('def') == 'def'  # it had not come to a checkpoint
+    (stage.work_dir / 'last_checkpoint').touch()
+    assert start('123') == 'def'
+    later = tmp_path / 'later'
+    later.mkdir()
+    assert commit(later) == ''
+    (later / 'commit.txt').write_text('456\n')
+    assert commit(later, stage.work_dir, later, tmp_path / 'none') == '456, def'

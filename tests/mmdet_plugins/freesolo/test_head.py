@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmdet.models.dense_heads.boxinst_head import BoxInstMaskHead
 
 from mmdet_plugins.common.location_head import flatten_grids
+from mmdet_plugins.ops.grid_targets import GridTargets
 
 BITS_OF_UNFOLD = (7, 6, 5, 4, 0, 1, 2, 3)
 
@@ -89,6 +90,14 @@ def test_full_masks_are_solov2s(freesolo, samples):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+def test_claims_are_read_back_once_a_step(freesolo, samples, monkeypatch):
+    """Each time, the host waits for the device."""
+    calls, by_image = [], GridTargets.by_image
+    monkeypatch.setattr(GridTargets, 'by_image', lambda self: calls.append(self) or by_image(self))
+    assert 'loss_embed' in freesolo.build_head().loss(freesolo.pyramid(), samples)
+    assert len(calls) == 1
 
 
 def test_images_without_masks_train_classes_only(freesolo, samples):

@@ -177,6 +177,16 @@ def test_page_of_clusters(store, load_script, tmp_path, capsys):
     assert main(arguments) == 1 and 'the embeddings of' in capsys.readouterr().err
 
 
+def test_objects_near_a_centre_are_told_apart(store, tmp_path):
+    """Four directions two degrees apart, whose centre is in their middle."""
+    angles = np.radians([0, 2, 4, 6])
+    np.save(store / EMBEDDINGS, np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float16))
+    write_clusters(store, tmp_path, tmp_path / 'page.html', k=1)
+    text = (tmp_path / 'page.html').read_text()
+    assert 'mean angle 2.0°' in text
+    assert re.findall(r'<span>([\d.]+)°', text) == ['1.0', '1.0', '3.0', '3.0']
+
+
 def test_crops_of_objects_at_the_edge(store, tmp_path):
     """Of the whole image too."""
     path = store / LABELS
