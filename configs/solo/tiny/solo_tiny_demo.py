@@ -25,8 +25,8 @@ model = dict(
         num_grids=[24, 18, 12, 8],
         in_strides=[4, 8, 16, 32],
         strides=[8, 8, 16, 16],
-        scale_ranges=[(1, 24), (12, 40), (24, 80), (48, 512)],
-        center_ratio=0.5,
+        scale_ranges=[(1, 32), (12, 56), (40, 112), (72, 512)],
+        center_ratio=1.0,
         norm_cfg=dict(type='GN', num_groups=8),
     ),
 )
