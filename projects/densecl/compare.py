@@ -194,6 +194,7 @@ def main() -> None:
         row['iterations'] = pair[0].iters if method in times else 0
         if method in times:
             row['s an iteration'] = spread(times[method], 3)
+        if method == 'DenseCL':
             ratios = np.divide(times[method], times['MoCo-v2'])
             row["of MoCo-v2's"] = spread(ratios.tolist(), 3)
         row['commit'] = commit()
