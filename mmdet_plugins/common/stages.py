@@ -166,6 +166,13 @@ def evaluate(
     return json.loads(found[-1].read_text())
 
 
+def iteration_seconds(stage: Stage) -> float:
+    """Mean time of an iteration, waiting for its data included, of those that the runner logged."""
+    logs = stage.work_dir.glob('*/vis_data/scalars.json')
+    entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    return mean(entry['time'] for entry in entries if 'loss' in entry)
+
+
 def prepare_data(data: Path, synthetic: bool, **scenes: Any) -> None:
     """See that a data set is there; make it, of ``scenes`` as ``make_demo_data`` takes them."""
     wanted = [data / name for name in ('images', 'instances_train.json', 'instances_val.json')]

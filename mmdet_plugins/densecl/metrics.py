@@ -11,15 +11,16 @@ from ..common.files import atomic_write
 
 @METRICS.register_module()
 class DenseCLCorrespondence(BaseMetric):
-    """Share of the moved cells that are matched with the cell of the same point.
+    """Share of the cells that are matched with the cell of the same point.
 
     Neither mmdet nor mmengine has it. ``accuracy`` is over the cells of all images that both views
     show in different places (see :meth:`.DenseCL.predict`), ``chance`` that of a match drawn from
-    the S^2 cells, ``times_chance`` their ratio. ``same_place`` is the share of all cells that are
-    matched with the cell in their own place: near 1, the features tell places and not what is seen.
+    the S^2 cells, ``times_chance`` their ratio; ``accuracy_all`` takes in the cells in the same
+    place. ``same_place`` is the share of all cells that are matched with the cell in their own
+    place: near 1, the features tell places and not what is seen.
 
     Args:
-        out_file: Where to write each image's ``right`` and ``moved``, in the order of the images.
+        out_file: Where to write what :meth:`.DenseCL.predict` counts, a list over images each.
         **kwargs: As for mmengine's ``BaseMetric``.
     """
 
@@ -35,13 +36,14 @@ class DenseCLCorrespondence(BaseMetric):
     def compute_metrics(self, results: list[dict]) -> dict[str, float]:
         if self.out_file:
             with atomic_write(self.out_file) as file:
-                json.dump({key: [one[key] for one in results] for key in ('right', 'moved')}, file)
-        total = {key: sum(one[key] for one in results) for key in ('right', 'moved', 'stayed')}
-        cells, pairs = results[0]['cells'], results[0]['pairs']
-        accuracy = total['right'] / max(total['moved'], 1)
+                json.dump({key: [one[key] for one in results] for key in results[0]}, file)
+        total = {key: sum(one[key] for one in results) for key in results[0]}
+        cells = results[0]['cells']
+        accuracy = total['right_moved'] / max(total['moved'], 1)
         return dict(
             accuracy=accuracy,
+            accuracy_all=total['right'] / max(total['shown'], 1),
             chance=1 / cells,
             times_chance=accuracy * cells,
-            same_place=total['stayed'] / (len(results) * pairs * cells),
+            same_place=total['stayed'] / (total['pairs'] * cells),
         )

@@ -282,15 +282,15 @@ class DenseCL(BaseModel):
     def predict(self, inputs: Tensor, frames_xyxy: Tensor) -> list[dict[str, int]]:
         """Correspondence by the backbone's features against the geometry of the views.
 
-        Only cells count whose point has moved to another cell: features that know where in the view
-        they are, by the zeros that convolutions pad with, would find the others without a look at
-        the image.
+        Cells whose point has moved to another cell are counted apart: features that know where in
+        the view they are, by the zeros that convolutions pad with, find the others without a look
+        at the image.
 
         Returns:
-            Of each image, over its pairs: ``right``, the cells of the first view matched with the
-            cell of the second that shows the same point; ``moved``, those that both views show, in
-            different cells; ``stayed``, the cells matched with the one in their own place;
-            ``cells``, S^2; ``pairs``.
+            Of each image, over its pairs: ``shown``, the cells of the first view whose point the
+            second shows too; ``right``, those of them matched with the cell that shows it;
+            ``moved`` and ``right_moved``, those of both in different places; ``stayed``, the cells
+            matched with the one in their own place; ``cells``, S^2; ``pairs``.
         """
         grids = [self.head.to_grid(self.backbone(view)[-1]) for view in inputs]
         side, counts = self.head.grid_size, []
@@ -298,12 +298,18 @@ class DenseCL(BaseModel):
         for i in range(0, len(grids), 2):
             match = match_cells(*grids[i : i + 2])
             truth = true_cells(*frames_xyxy[:, i : i + 2].unbind(1), side)
-            moved = (truth >= 0) & (truth != own)
-            kinds = ((match == truth) & moved, moved, match == own)
-            counts.append(torch.stack([kind.sum(1) for kind in kinds], 1))
+            right, moved = match == truth, (truth >= 0) & (truth != own)
+            kinds = dict(
+                shown=truth >= 0,
+                right=right,
+                moved=moved,
+                right_moved=right & moved,
+                stayed=match == own,
+            )
+            counts.append(torch.stack([kind.sum(1) for kind in kinds.values()], 1))
         return [
-            dict(right=right, moved=moved, stayed=stayed, cells=side**2, pairs=len(counts))
-            for right, moved, stayed in torch.stack(counts).sum(0).tolist()
+            dict(zip(kinds, total, strict=True), cells=side**2, pairs=len(counts))
+            for total in torch.stack(counts).sum(0).tolist()
         ]
 
     def _encode(self, backbone: nn.Module, head: DenseCLHead, images: Tensor) -> _Encoded:

@@ -6,9 +6,10 @@
 Both start from the same random weights, see the same images and learn as long; two trainings run at
 a time. On pairs of views of the validation images, the same for all, a cell of the one is matched
 with the cell of the other whose features are most similar, and the known crops say whether it shows
-the same point; only points count that are in another place there, as a network that knows the place
-by its padding would find the others without a look. The untrained network is measured alike.
-Intervals of 95 % are bootstrapped over seeds and images. The table goes to ``results/``, from where
+the same point. Points that are in another place there also count alone, as a network that knows the
+place by its padding finds the others without a look; the plot is of these. The untrained network is
+measured alike. Intervals of 95 % are bootstrapped over seeds and images. The runner's log tells the
+time of an iteration, with that of its data. The table goes to ``results/``, from where
 ``tools/build_tables.py`` takes it to the README, and a plot beside this file. The command goes on
 where it was stopped.
 """
@@ -30,8 +31,10 @@ from mmdet_plugins.common.stages import (
     Stage,
     commit,
     evaluate,
+    iteration_seconds,
     make_stage,
     prepare_data,
+    spread,
     train,
     write_rows,
 )
@@ -40,22 +43,23 @@ REPO = Path(__file__).resolve().parents[2]
 METHODS = {'DenseCL': 'densecl-c3_tiny_demo', 'MoCo-v2': 'moco-v2-c3_tiny_demo'}
 UNTRAINED = 'untrained'
 DRAWS = 10000
+POINTS = {'moved': ('right_moved', 'moved'), 'all': ('right', 'shown')}  # right, counted
 COLOURS = {'DenseCL': '#1b7f5c', 'MoCo-v2': '#b3541e', UNTRAINED: '#777777'}
 
 
-def bootstrap(right: np.ndarray, moved: np.ndarray) -> np.ndarray:
+def bootstrap(right: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Accuracies [DRAWS] of sets of seeds and images, drawn with replacement.
 
     Every method is drawn alike, so that the differences of two of them are paired.
 
     Args:
-        right, moved: Cells [seeds, images].
+        right, counted: Cells [seeds, images].
     """
     rng = np.random.default_rng(0)
     seeds, images = (
         rng.multinomial(count, np.full(count, 1 / count), DRAWS) for count in right.shape
     )
-    return (seeds @ right * images).sum(1) / (seeds @ moved * images).sum(1)
+    return (seeds @ right * images).sum(1) / (seeds @ counted * images).sum(1)
 
 
 def save_untrained(stage: Stage, seed: int) -> None:
@@ -81,15 +85,15 @@ def rows_of(counts: dict[str, tuple[np.ndarray, np.ndarray]], cells: int) -> lis
     """A row a method: accuracy, interval, times chance, and how far above MoCo-v2 it lies."""
     drawn = {method: bootstrap(*pair) for method, pair in counts.items()}
     rows = []
-    for method, (right, moved) in counts.items():
+    for method, (right, counted) in counts.items():
         low, high = interval(drawn[method])
-        accuracy = right.sum() / moved.sum()
+        accuracy = right.sum() / counted.sum()
         row = {
             'features': method,
             'accuracy': float(accuracy),
             '95 %': f'{low:.3f}–{high:.3f}',
             '× chance': f'{accuracy * cells:.1f}',
-            'of each seed': ', '.join(f'{share:.3f}' for share in right.sum(1) / moved.sum(1)),
+            'of each seed': ', '.join(f'{share:.3f}' for share in right.sum(1) / counted.sum(1)),
         }
         if method != 'MoCo-v2':
             low, high = interval(drawn[method] - drawn['MoCo-v2'])
@@ -149,7 +153,7 @@ def main() -> None:
     data = args.data or out / 'data'
     prepare_data(data, synthetic=args.data is None)
 
-    counts, same_place, cells = {}, {}, None
+    counts, times = {}, {}
     for seed in range(args.seeds):
         pair = []
         for method, config in METHODS.items():
@@ -157,6 +161,8 @@ def main() -> None:
             cfg.merge_from_dict({'randomness.seed': seed})
             pair.append(make_stage(f'{method.lower()}-{seed}', cfg, out, args.iters))
         train(pair, data, args.device)
+        for method, stage in zip(METHODS, pair, strict=True):
+            times.setdefault(method, []).append(iteration_seconds(stage))
         untrained = pair[0]._replace(name=f'{UNTRAINED}-{seed}', iters=0)
         untrained = untrained._replace(work_dir=out / untrained.name)
         save_untrained(untrained, seed)
@@ -164,27 +170,36 @@ def main() -> None:
             cells_json = stage.work_dir / 'cells.json'
             options = {'test_evaluator.out_file': cells_json}
             scores = evaluate(stage, data, args.device, options)
-            counts.setdefault(method, []).append(json.loads(cells_json.read_text()))
-            cells = round(1 / scores['densecl/chance'])
-            same_place.setdefault(method, []).append(scores['densecl/same_place'])
+            for key, values in json.loads(cells_json.read_text()).items():
+                counts.setdefault(method, {}).setdefault(key, []).append(values)
             print(f'{stage.name}: accuracy {scores["densecl/accuracy"]:.3f}', flush=True)
-    rows = rows_of(
-        {
-            method: tuple(np.array([one[key] for one in found]) for key in ('right', 'moved'))
-            for method, found in counts.items()
-        },
-        cells,
-    )
-    with atomic_write(args.plot or Path(__file__).with_name(f'learning{suffix}.svg')) as file:
-        file.write(plot(rows, 1 / cells))
-    for row in rows:
-        row |= {
-            'matched in place': float(np.mean(same_place[row['features']])),
-            'iterations': 0 if row['features'] == UNTRAINED else pair[0].iters,
-            'commit': commit(),
-        }
+    counts = {
+        method: {key: np.array(values) for key, values in found.items()}
+        for method, found in counts.items()
+    }
+    cells = int(counts[UNTRAINED]['cells'][0, 0])
+    table = []
+    for points, keys in POINTS.items():
+        pairs = {method: tuple(found[key] for key in keys) for method, found in counts.items()}
+        rows = rows_of(pairs, cells)
+        if points == 'moved':
+            target = args.plot or Path(__file__).with_name(f'learning{suffix}.svg')
+            with atomic_write(target) as file:
+                file.write(plot(rows, 1 / cells))
+        table += [{'points': points, **row} for row in rows]
+    for row in table:
+        method = row['features']
+        found = counts[method]
+        row['matched in place'] = float(found['stayed'].sum() / (found['pairs'].sum() * cells))
+        row['iterations'] = pair[0].iters if method in times else 0
+        if method in times:
+            row['s an iteration'] = spread(times[method], 3)
+        if method == 'DenseCL':
+            ratios = np.divide(times[method], times['MoCo-v2'])
+            row["of MoCo-v2's"] = spread(ratios.tolist(), 3)
+        row['commit'] = commit()
     target = args.json or REPO / f'results/densecl_learning{suffix}.json'
-    write_rows(rows, target)
+    write_rows(table, target)
 
 
 if __name__ == '__main__':

@@ -10,17 +10,15 @@ whatever the machine does besides. The scores go to ``results/``, from where
 """
 
 import argparse
-import json
 from pathlib import Path
-from statistics import mean
 
 from mmengine.config import Config
 from mmengine.device import get_device
 
 from mmdet_plugins.common.stages import (
-    Stage,
     commit,
     evaluate,
+    iteration_seconds,
     make_stage,
     prepare_data,
     spread,
@@ -36,13 +34,6 @@ METHODS = {
 }
 METHODS_NUCLEI = {'SOLOv2': 'solov2/tiny/solov2{}_tiny_nuclei.py'}
 SIDES = {'ours': '', 'mmdet': '-mmdet'}
-
-
-def seconds(stage: Stage) -> float:
-    """Time of the whole training, from what the runner logged of its iterations."""
-    logs = stage.work_dir.glob('*/vis_data/scalars.json')
-    entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    return stage.iters * mean(entry['time'] for entry in entries if 'loss' in entry)
 
 
 def main() -> None:
@@ -92,7 +83,7 @@ def main() -> None:
                 'box AP': None
                 if side == 'mmdet'
                 else spread([s['open_world/bbox_AP'] for s in scores], 3),
-                'training, s': spread([seconds(stage) for stage in stages], 0),
+                'training, s': spread([s.iters * iteration_seconds(s) for s in stages], 0),
                 'iterations': stages[0].iters,
                 'seeds': len(stages),
                 'commit': commit(),

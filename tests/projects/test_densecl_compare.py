@@ -57,5 +57,11 @@ def test_methods_are_compared_and_the_comparison_goes_on(repo, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         tables.append(json.loads((tmp_path / 'table.json').read_text()))
     assert tables[0] == tables[1] and '/iter_2.pth' not in done.stdout
-    assert [row['features'] for row in tables[0]] == ['DenseCL', 'MoCo-v2', 'untrained']
+    methods = ['DenseCL', 'MoCo-v2', 'untrained']
+    assert [(row['points'], row['features']) for row in tables[0]] == [
+        *(('moved', method) for method in methods),
+        *(('all', method) for method in methods),
+    ]
+    columns = {'s an iteration', "of MoCo-v2's"}
+    assert [len(columns & row.keys()) for row in tables[0]] == 2 * [2, 1, 0]
     assert (tmp_path / 'plot.svg').read_text().count('<circle') == 3

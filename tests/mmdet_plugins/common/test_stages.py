@@ -11,6 +11,7 @@ from mmdet_plugins.common.stages import (
     commit,
     config_digest,
     data_options,
+    iteration_seconds,
     keep_settings,
     make_stage,
     prepare_data,
@@ -55,6 +56,18 @@ def test_a_stage_is_its_config_written_out_and_kept(tmp_path):
     with pytest.raises(SystemExit, match='made with another config'):
         make_stage('toy', cfg, tmp_path)
     assert Config.fromfile(stage.config).a == 1
+
+
+def test_iterations_are_timed_over_every_start(tmp_path):
+    stage = make_stage('toy', Config(dict(train_cfg=dict(max_iters=3))), tmp_path)
+    for start, entries in dict(
+        first=[dict(time=0.5, loss=1.0), dict(time=0.1, loss=1.0)],
+        second=[dict(time=0.6, loss=1.0), dict(time=9.0, accuracy=0.5)],  # a test
+    ).items():
+        log = stage.work_dir / start / 'vis_data/scalars.json'
+        log.parent.mkdir(parents=True)
+        log.write_text(''.join(f'{json.dumps(entry)}\n' for entry in entries))
+    assert iteration_seconds(stage) == pytest.approx(0.4)
 
 
 def test_a_digest_is_of_what_a_config_says(tmp_path):

@@ -242,15 +242,18 @@ def test_predictions_are_counted_per_image_over_its_pairs():
     whole, mirror, other = [0.0, 0.0, 40.0, 32.0], [40.0, 0.0, 0.0, 32.0], [40.0, 0.0, 80.0, 32.0]
     frames = torch.tensor([[whole, whole, whole, mirror], [whole, mirror, whole, other]])
     found = model.test_step(dict(inputs=inputs, frames_xyxy=frames))
-    alike = dict(right=0, moved=6, stayed=18, cells=9, pairs=2)  # a mirror keeps the middle column
-    assert found == [alike, alike]
+    # A mirror keeps the middle column.
+    alike = dict(shown=18, right=12, moved=6, right_moved=0, stayed=18, cells=9, pairs=2)
+    half = alike | dict(shown=9, right=3)  # nothing of the other part
+    assert found == [alike, half]
     inputs[1, 1] = inputs[1, 0].flip(2)
     found = model.test_step(dict(inputs=inputs, frames_xyxy=frames))
-    assert found == [alike, alike | dict(right=6, stayed=12)]
+    assert found == [alike, half | dict(right=9, right_moved=6, stayed=12)]
     metric = METRICS.build(dict(type='DenseCLCorrespondence'))
     metric.process({}, found)
     assert metric.evaluate(2) == {
         'densecl/accuracy': 6 / 12,
+        'densecl/accuracy_all': 21 / 27,
         'densecl/chance': 1 / 9,
         'densecl/times_chance': 4.5,
         'densecl/same_place': 30 / 36,
