@@ -197,7 +197,7 @@ def main() -> None:
         if method == 'DenseCL':
             ratios = np.divide(times[method], times['MoCo-v2'])
             row["of MoCo-v2's"] = spread(ratios.tolist(), 3)
-        row['commit'] = commit()
+        row['commit'] = commit(*out.glob('densecl-*'))
     target = args.json or REPO / f'results/densecl_learning{suffix}.json'
     write_rows(table, target)
 

@@ -86,7 +86,7 @@ def main() -> None:
                 'training, s': spread([s.iters * iteration_seconds(s) for s in stages], 0),
                 'iterations': stages[0].iters,
                 'seeds': len(stages),
-                'commit': commit(),
+                'commit': commit(*(stage.work_dir for stage in stages)),
             }
         )
     target = args.json or REPO / f'results/solo_learning{suffix}.json'
