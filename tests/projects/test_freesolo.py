@@ -30,7 +30,8 @@ def test_scores_of_the_stages_are_averaged_over_seeds(load_script, tmp_path, mon
     monkeypatch.setattr(compare, 'few_labels', few_labels)
     monkeypatch.setattr(compare, 'commit', lambda: 'abc')
     options = ['--out', str(tmp_path / 'out'), '--json', str(tmp_path / 'table.json')]
-    monkeypatch.setattr(sys, 'argv', ['compare.py', *options, '--device', 'cpu'])
+    options += ['--plot', str(tmp_path / 'plot.svg'), '--device', 'cpu']
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *options])
     compare.main()
     rows = json.loads((tmp_path / 'table.json').read_text())
     assert {row['stage']: row['mask AR@100'] for row in rows} == {
@@ -39,22 +40,26 @@ def test_scores_of_the_stages_are_averaged_over_seeds(load_script, tmp_path, mon
         'fine-tuned': '0.500 ± 0.000',
     }
     assert all(row['seeds'] == 3 and row['commit'] == 'abc' for row in rows)
+    assert (tmp_path / 'plot.svg').read_text().count('<circle') == 3
 
 
-@pytest.mark.parametrize('seed', [0, 5])
+@pytest.mark.parametrize('seed, data', [(0, None), (5, Path('nuclei'))])
 def test_both_trainings_with_few_labels_are_equal_but_for_their_start(
-    load_script, tmp_path, monkeypatch, seed
+    load_script, tmp_path, monkeypatch, seed, data
 ):
     compare = load_script('projects/freesolo/compare.py')
     trained = []
     monkeypatch.setattr(compare, 'train', lambda stages, data, device: trained.extend(stages))
     monkeypatch.setattr(compare, 'evaluate', lambda *args: {'open_world/segm_AP': 0.1, 'time': 1})
-    args = compare.argparse.Namespace(iters=None, device='cpu')
+    args = compare.argparse.Namespace(iters=None, device='cpu', data=data)
     found = compare.few_labels(tmp_path, tmp_path / 'iter_7.pth', seed, args)
     assert list(found.values()) == [{'segm_AP': 0.1, 'time': 1}] * 2
     tuned, scratch = (compare.Config.fromfile(stage.config) for stage in trained)
     assert tuned.randomness.seed == seed
     assert tuned.custom_hooks[0].checkpoint == str(tmp_path / 'iter_7.pth')
     assert scratch.custom_hooks == [] and trained[0].iters == trained[1].iters
+    for part in ('train', 'val', 'test'):
+        steps = [step.type for step in tuned[f'{part}_dataloader'].dataset.pipeline]
+        assert ('Resize' in steps) == (part != 'train' or data is not None)
     tuned.custom_hooks = []
     assert tuned.to_dict() == scratch.to_dict()

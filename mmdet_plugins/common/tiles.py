@@ -1,0 +1,66 @@
+"""Images of many small objects, cut into tiles that show a few of them large."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..ops.coco_json import by_image, load_coco
+from ..ops.images import read_image
+from ..ops.rle import area, decode_rle, encode_masks, rle_to_xyxy, segmentation_to_rle
+from .files import atomic_write
+
+
+def corners(length: int, size: int) -> list[int]:
+    """Where the fewest tiles begin that cover a side evenly."""
+    count = -(-length // size)
+    return np.linspace(0, max(length - size, 0), count).round().astype(int).tolist()
+
+
+def cut_tiles(data: Path, out: Path, size: int, limit: int = 4) -> None:
+    """Make a data set of the tiles of another, both splits, laid out alike.
+
+    Objects that a border cuts are labelled as far as they are seen.
+
+    Args:
+        data: ``images/``, ``instances_train.json``, ``instances_val.json``.
+        out: Made if need be; what is finished is left alone.
+        size: Of a tile, px; a side of an image that is shorter is kept whole.
+        limit: Tiles of an image at most, drawn at random by a fixed seed.
+    """
+    (out / 'images').mkdir(parents=True, exist_ok=True)
+    for split in ('train', 'val'):
+        target = out / f'instances_{split}.json'
+        if target.exists():
+            continue
+        source = load_coco(data / target.name)
+        annotations_of = by_image(source['annotations'])
+        rng = np.random.default_rng(0)
+        images, annotations = [], []
+        for entry in source['images']:
+            image = read_image(data / 'images' / entry['file_name'])
+            height, width = image.shape[:2]
+            objects = annotations_of[entry['id']]
+            rles = [segmentation_to_rle(x['segmentation'], (height, width)) for x in objects]
+            masks = decode_rle(rles, (height, width))
+            tiles = [(y, x) for y in corners(height, size) for x in corners(width, size)]
+            for index in sorted(rng.permutation(len(tiles))[:limit].tolist()):
+                y, x = tiles[index]
+                window = np.s_[y : y + size, x : x + size]
+                name = f'{Path(entry["file_name"]).stem}_{y}_{x}.png'
+                cv2.imwrite(str(out / 'images' / name), image[window])
+                hw = image[window].shape[:2]
+                images.append(dict(id=len(images) + 1, file_name=name, height=hw[0], width=hw[1]))
+                parts = encode_masks(masks[:, *window])
+                boxes = rle_to_xyxy(parts)
+                boxes[:, 2:] -= boxes[:, :2]
+                for each, rle, box, pixels in zip(
+                    objects, parts, boxes.tolist(), area(parts).tolist(), strict=True
+                ):
+                    if pixels:
+                        changes = dict(id=len(annotations) + 1, image_id=len(images), bbox=box)
+                        annotations.append(each | changes | dict(area=pixels, segmentation=rle))
+        content = source | dict(images=images, annotations=annotations)
+        with atomic_write(target) as file:
+            json.dump(content, file)
