@@ -17,13 +17,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from .files import atomic_write
 from .synthetic import make_demo_data
 
 REPO = Path(__file__).resolve().parents[2]
-_SIZE = dict(scale=(256, 192), keep_ratio=True)
 _ITERATION = re.compile(r'Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?eta: (\S+).*?\bloss: (\S+)')
 
 
@@ -130,12 +129,15 @@ def data_options(cfg: Config, data: Path) -> dict[str, str]:
     return options
 
 
-def bound_size(dataset: ConfigDict) -> None:
+def resize(cfg: Config, scale: tuple[int, int]) -> None:
     """Let a toy network see images of any size at one that it can afford."""
-    dataset = dataset.get('dataset', dataset)  # a wrapped set loads by itself
-    steps = [step for step in dataset.pipeline if step['type'] != 'Resize']
-    place = 1 + max(i for i, step in enumerate(steps) if 'Load' in step['type'])
-    dataset.pipeline = [*steps[:place], dict(type='Resize', **_SIZE), *steps[place:]]
+    step = dict(type='Resize', scale=scale, keep_ratio=True)
+    for part in ('train', 'val', 'test'):
+        dataset = cfg[f'{part}_dataloader'].dataset
+        dataset = dataset.get('dataset', dataset)  # a wrapped set loads by itself
+        steps = [old for old in dataset.pipeline if old['type'] != 'Resize']
+        place = 1 + max(i for i, old in enumerate(steps) if 'Load' in old['type'])
+        dataset.pipeline = [*steps[:place], step, *steps[place:]]
 
 
 def train(stages: list[Stage], data: Path, device: str) -> None:

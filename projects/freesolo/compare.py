@@ -22,10 +22,10 @@ from mmengine.device import get_device
 from mmdet_plugins.common.files import atomic_write
 from mmdet_plugins.common.interval_plot import Interval, interval_plot
 from mmdet_plugins.common.stages import (
-    bound_size,
     commit,
     evaluate,
     make_stage,
+    resize,
     spread,
     train,
     write_rows,
@@ -33,7 +33,7 @@ from mmdet_plugins.common.stages import (
 
 REPO = Path(__file__).resolve().parents[2]
 FINETUNE = REPO / 'configs/freesolo/tiny/freesolo-finetune_tiny_demo.py'
-TILE = 96  # px, of a set of small objects
+TILE = 64  # px, of a set of small objects
 COLUMNS = {
     'mask AR@100': 'segm_AR@100',
     'mask AR@10': 'segm_AR@10',
@@ -55,8 +55,7 @@ def few_labels(out: Path, segmenter: Path, seed: int, args: argparse.Namespace) 
         cfg = Config.fromfile(FINETUNE)
         cfg.merge_from_dict({'randomness.seed': seed, 'custom_hooks': hooks})
         if args.data:
-            for part in ('train', 'val', 'test'):
-                bound_size(cfg[f'{part}_dataloader'].dataset)
+            resize(cfg, (2 * TILE, 2 * TILE))
         folder = 'fine-tuned' if hooks else 'from-scratch'
         stages.append(make_stage(folder, cfg, out, args.iters)._replace(name=name))
     train(stages, out / 'data', args.device)

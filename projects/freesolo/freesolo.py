@@ -27,12 +27,12 @@ from mmdet_plugins.common.pseudo_store import LABELS
 from mmdet_plugins.common.report import write_report
 from mmdet_plugins.common.stages import (
     Stage,
-    bound_size,
     environment,
     evaluate,
     keep_settings,
     mim,
     prepare_data,
+    resize,
     train,
     write_config,
 )
@@ -65,7 +65,6 @@ class Recipe:
         self.labelled = args.data is None or (self.data / 'instances_train.json').exists()
         if self.labelled:
             prepare_data(self.data, synthetic=args.data is None, **SCENES)
-        self.leaf = 'tiny_nuclei' if args.tiles else 'tiny_demo'
         if args.tiles:
             if not self.labelled:
                 raise SystemExit(f'--tiles needs {self.data}/instances_train.json')
@@ -74,7 +73,8 @@ class Recipe:
             cut_tiles(self.data, tiles, args.tiles)
             self.data = tiles
         self.out = self.out.resolve()
-        self.bounded = args.data is not None
+        self.scale = (2 * args.tiles,) * 2 if args.tiles else (256, 192) if args.data else None
+        self.free_mask = f'freesolo/tiny/free-mask_tiny_{"nuclei" if args.tiles else "demo"}'
         self.stores: dict[str, Path] = {}
         self.train_source, self.val_source = (
             dict(ann_file=f'instances_{split}.json', img='images/')
@@ -90,9 +90,8 @@ class Recipe:
         if self.iters and 'train_cfg' in cfg:
             cfg.train_cfg.max_iters = self.iters
         if base.startswith('freesolo/tiny/freesolo'):
-            if self.bounded:
-                for part in ('train', 'val', 'test'):
-                    bound_size(cfg[f'{part}_dataloader'].dataset)
+            if self.scale:
+                resize(cfg, self.scale)
             if not self.labelled:
                 cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         return write_config(name, cfg, self.out), cfg
@@ -149,14 +148,10 @@ class Recipe:
     def run(self, iterations: int) -> None:
         """All stages, the scores of each iteration, and the report."""
         pretrained = self.pretrain()
-        labels = self.labels(
-            'labels-0', f'freesolo/tiny/free-mask_{self.leaf}', pretrained, self.train_source
-        )
+        labels = self.labels('labels-0', self.free_mask, pretrained, self.train_source)
         results, metrics = {}, {}
         if self.labelled:
-            coarse = self.labels(
-                'coarse-val', f'freesolo/tiny/free-mask_{self.leaf}', pretrained, self.val_source
-            )
+            coarse = self.labels('coarse-val', self.free_mask, pretrained, self.val_source)
             results['coarse masks'] = json.loads(coarse.read_text())['annotations']
             metrics['coarse masks'] = evaluate_json(self.truth, results['coarse masks'])
         for i in range(iterations):
@@ -218,16 +213,16 @@ class Recipe:
 
     def pretrain(self) -> Path:
         """Features by DenseCL."""
-        base, changes = f'densecl/tiny/densecl-c3_{self.leaf}', {}
+        changes = {}
         if not self.labelled:
-            cfg = Config.fromfile(CONFIGS / f'{base}.py')
+            cfg = Config.fromfile(CONFIGS / 'densecl/tiny/densecl-c3_tiny_demo.py')
             changes['train_dataloader.dataset'] = dict(
                 _delete_=True,
                 type='ImageFolderDataset',
                 data_root=f'{self.data}/',
                 pipeline=cfg.train_pipeline,
             )
-        stage = self.trained('pretrain', base, changes)
+        stage = self.trained('pretrain', 'densecl/tiny/densecl-c3_tiny_demo', changes)
         return stage.checkpoint
 
     @property
