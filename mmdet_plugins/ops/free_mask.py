@@ -85,7 +85,7 @@ def free_masks(
             128); None leaves them as they are.
         connected: Keep of each mask the piece, of cells that share sides, in which its query lies:
             where an image is full of objects of a kind, a query is like them all. Not of the
-            thesis; a loop on the host.
+            thesis; the pieces are found on the host.
 
     Returns:
         B results. Features that are constant or not finite yield no masks: where the released code
@@ -242,14 +242,16 @@ def _cosine_maps(features: Tensor, scales: Sequence[float]) -> tuple[Tensor, Ten
 
 def _own_pieces(masks: Tensor, points: Tensor, map_hw: tuple[int, int]) -> Tensor:
     """Of masks ``[B, Q, P]`` what is joined to the cells at ``points``, ``[Q, 2]`` as above."""
-    places = (points.cpu().numpy() + 1) / 2 * map_hw[::-1]
-    columns, rows = places.round(3).astype(int).T  # of coarse queries many are on a border of cells
-    pieces = masks.cpu().numpy().reshape(*masks.shape[:2], *map_hw).copy()
-    for image in pieces:
-        for mask, row, column in zip(image, rows, columns, strict=True):
-            numbers = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)[1]
-            mask &= numbers == numbers[row, column]
-    return torch.from_numpy(pieces.reshape(masks.shape)).to(masks.device)
+    size_xy = points.new_tensor(map_hw[::-1])
+    places = ((points + 1) / 2 * size_xy).round(decimals=3).long()  # many are on a border of cells
+    cells = (places[:, 1] * map_hw[1] + places[:, 0]).cpu()
+    # One tall map of all, with an empty row below each.
+    tall = F.pad(masks.unflatten(2, map_hw), (0, 0, 0, 1))
+    flat = tall.flatten(0, 2).cpu().numpy().view(np.uint8)
+    numbers = torch.from_numpy(cv2.connectedComponents(flat, connectivity=4)[1]).view(tall.shape)
+    numbers = numbers[:, :, :-1].flatten(2)
+    own = numbers.gather(2, cells.expand(masks.shape[:2])[:, :, None])
+    return masks & (numbers == own).to(masks.device)
 
 
 def _gram(keys: Tensor) -> Tensor:

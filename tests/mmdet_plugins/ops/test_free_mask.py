@@ -138,13 +138,12 @@ def test_equals_the_released_algorithm(hw, image_hw, seed, min_score, way):
 
 
 @pytest.mark.parametrize('hw, image_hw', [((13, 22), (97, 160)), ((18, 9), (150, 71))])
-@pytest.mark.parametrize('noise', [0.3, 0.8])
-def test_pieces_equal_those_of_every_query(hw, image_hw, noise, way):
-    features = torch.stack([blobs(hw, seed=seed, noise=noise) for seed in (0, 1)])
-    results = free_masks(features, image_hw, min_score=0.5, connected=True)
+def test_pieces_are_those_of_their_queries(hw, image_hw, way):
+    features = torch.stack([blobs(hw, seed=seed) for seed in (0, 1)])
+    results = free_masks(features, image_hw, min_score=0.3, connected=True)
     for one, found in zip(features, results, strict=True):
-        expected = literal(one, image_hw, min_score=0.5, connected=True)
-        assert len(expected) >= 10
+        expected = literal(one, image_hw, min_score=0.3, connected=True)
+        assert len(expected) == 20
         compare(found, expected, image_hw)
 
 
