@@ -39,28 +39,32 @@ def cut_tiles(data: Path, out: Path, size: int, limit: int = 4) -> None:
         rng = np.random.default_rng(0)
         images, annotations = [], []
         for entry in source['images']:
-            image = read_image(data / 'images' / entry['file_name'])
-            height, width = image.shape[:2]
+            hw = height, width = entry['height'], entry['width']
+            image = read_image(data / 'images' / entry['file_name'], hw)
             objects = annotations_of[entry['id']]
-            rles = [segmentation_to_rle(x['segmentation'], (height, width)) for x in objects]
-            masks = decode_rle(rles, (height, width))
+            masks = decode_rle([segmentation_to_rle(x['segmentation'], hw) for x in objects], hw)
             tiles = [(y, x) for y in corners(height, size) for x in corners(width, size)]
             for index in sorted(rng.permutation(len(tiles))[:limit].tolist()):
                 y, x = tiles[index]
                 window = np.s_[y : y + size, x : x + size]
-                name = f'{Path(entry["file_name"]).stem}_{y}_{x}.png'
-                cv2.imwrite(str(out / 'images' / name), image[window])
-                hw = image[window].shape[:2]
-                images.append(dict(id=len(images) + 1, file_name=name, height=hw[0], width=hw[1]))
+                name = f'{split}_{entry["id"]}_{y}_{x}.png'
+                (out / 'images' / name).write_bytes(cv2.imencode('.png', image[window])[1])
+                tile_hw = image[window].shape[:2]
+                images.append(
+                    dict(id=len(images) + 1, file_name=name, height=tile_hw[0], width=tile_hw[1])
+                )
                 parts = encode_masks(masks[:, *window])
-                boxes = rle_to_xyxy(parts)
-                boxes[:, 2:] -= boxes[:, :2]
-                for each, rle, box, pixels in zip(
-                    objects, parts, boxes.tolist(), area(parts).tolist(), strict=True
-                ):
+                for whole, rle, pixels in zip(objects, parts, area(parts).tolist(), strict=True):
                     if pixels:
-                        changes = dict(id=len(annotations) + 1, image_id=len(images), bbox=box)
-                        annotations.append(each | changes | dict(area=pixels, segmentation=rle))
+                        x1, y1, x2, y2 = rle_to_xyxy([rle])[0].tolist()
+                        annotation = dict(
+                            id=len(annotations) + 1,
+                            image_id=len(images),
+                            bbox=[x1, y1, x2 - x1, y2 - y1],
+                            area=pixels,
+                            segmentation=rle,
+                        )
+                        annotations.append(whole | annotation)
         content = source | dict(images=images, annotations=annotations)
         with atomic_write(target) as file:
             json.dump(content, file)

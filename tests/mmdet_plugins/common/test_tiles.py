@@ -42,7 +42,7 @@ def test_tiles_are_windows_of_their_images(scenes, tmp_path):
             objects = [x for x in source['annotations'] if x['image_id'] == image['id']]
             objects.sort(key=lambda x: x['category_id'])
             masks = [coco_mask.decode(segmentation_to_rle(x['segmentation'], hw)) for x in objects]
-            stem = image['file_name'].removesuffix('.jpg')
+            stem = f'{split}_{image["id"]}_'
             own = [x for x in tiles['images'] if x['file_name'].startswith(stem)]
             covered = np.zeros(hw, bool)
             for tile in own:
