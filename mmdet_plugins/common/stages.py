@@ -133,6 +133,17 @@ def data_options(cfg: Config, data: Path) -> dict[str, str]:
     return options
 
 
+def resize(cfg: Config, scale: tuple[int, int]) -> None:
+    """Let a toy network see images of any size at one that it can afford."""
+    step = dict(type='Resize', scale=scale, keep_ratio=True)
+    for part in ('train', 'val', 'test'):
+        dataset = cfg[f'{part}_dataloader'].dataset
+        dataset = dataset.get('dataset', dataset)  # a wrapped set loads by itself
+        steps = [old for old in dataset.pipeline if old['type'] != 'Resize']
+        place = 1 + max(i for i, old in enumerate(steps) if 'Load' in old['type'])
+        dataset.pipeline = [*steps[:place], step, *steps[place:]]
+
+
 def train(stages: list[Stage], data: Path, device: str) -> None:
     """Run the trainings that are not finished side by side, each on its share of the cores."""
     stages = [stage for stage in stages if not stage.checkpoint.exists()]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import compress
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ def free_masks(
     min_centre: float | None = None,
     max_width: float | None = None,
     embedding_dim: int | None = None,
+    connected: bool = False,
 ) -> list[FreeMasks]:
     """Masks of B images of one size, from features ``[B, C, h, w]`` that cover them.
 
@@ -81,6 +83,9 @@ def free_masks(
         max_width: Drop masks that touch at least this share of the columns (released code: 0.95).
         embedding_dim: Interpolate the embeddings along their channels to so many (released code:
             128); None leaves them as they are.
+        connected: Keep of each mask the piece, of cells that share sides, in which its query lies:
+            where an image is full of objects of a kind, a query is like them all. Not of the
+            thesis; the pieces are found on the host.
 
     Returns:
         B results. Features that are constant or not finite yield no masks: where the released code
@@ -102,6 +107,7 @@ def free_masks(
         sigma=sigma,
         min_score=min_score,
         max_num=max_num,
+        connected=connected,
     )
     size = 1 if on_cpu(features) else max(1, _BYTES // (32 * (height * width) ** 2))
     with torch.autocast(features.device.type, enabled=False):
@@ -165,10 +171,15 @@ def _coarse(
     sigma: float,
     min_score: float,
     max_num: int,
+    connected: bool,
 ) -> _Coarse:
     map_hw = tuple(features.shape[2:])
     soft, points = _cosine_maps(features, scales)
     masks = soft >= mask_thr
+    if connected:
+        pieces = _own_pieces(masks, points, map_hw)
+        soft[masks & ~pieces] = 0
+        masks = pieces
     area = masks.sum(2)
     maskness = torch.where(area >= min_cells, (soft * masks).sum(2) / area, -1)
     ranked, order = maskness.sort(dim=1, descending=True, stable=True)
@@ -227,6 +238,20 @@ def _cosine_maps(features: Tensor, scales: Sequence[float]) -> tuple[Tensor, Ten
     contrast = high - low
     contrast[~(contrast > _FLAT * high.abs())] = torch.inf
     return soft.sub_(low).div_(contrast), torch.cat(points)
+
+
+def _own_pieces(masks: Tensor, points: Tensor, map_hw: tuple[int, int]) -> Tensor:
+    """Of masks ``[B, Q, P]`` what is joined to the cells at ``points``, ``[Q, 2]`` as above."""
+    size_xy = points.new_tensor(map_hw[::-1])
+    places = ((points + 1) / 2 * size_xy).round(decimals=3).long()  # many are on a border of cells
+    cells = (places[:, 1] * map_hw[1] + places[:, 0]).cpu()
+    # One tall map of all, with an empty row below each.
+    tall = F.pad(masks.unflatten(2, map_hw), (0, 0, 0, 1))
+    flat = tall.flatten(0, 2).cpu().numpy().view(np.uint8)
+    numbers = torch.from_numpy(cv2.connectedComponents(flat, connectivity=4)[1]).view(tall.shape)
+    numbers = numbers[:, :, :-1].flatten(2)
+    own = numbers.gather(2, cells.expand(masks.shape[:2])[:, :, None])
+    return masks & (numbers == own).to(masks.device)
 
 
 def _gram(keys: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from mmengine.device import get_device
 from mmengine.logging import MMLogger
 
 from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.interval_plot import Interval, interval_plot
 from mmdet_plugins.common.stages import (
     Stage,
     commit,
@@ -104,34 +105,16 @@ def rows_of(counts: dict[str, tuple[np.ndarray, np.ndarray]], cells: int) -> lis
 
 def plot(rows: list[dict], chance: float) -> str:
     """SVG of accuracies with their intervals, chance dotted."""
-    width, line, left = 560, 34, 110
-    right_end = max(float(row['95 %'].split('–')[1]) for row in rows) * 1.1
-    scale = (width - left - 20) / right_end
-    height = line * len(rows) + 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+    intervals = [
+        Interval(
+            row['features'],
+            row['accuracy'],
+            *map(float, row['95 %'].split('–')),
+            COLOURS[row['features']],
+        )
+        for row in rows
     ]
-    for i, row in enumerate(rows):
-        y = line * i + 24
-        low, high = (left + scale * float(end) for end in row['95 %'].split('–'))
-        at, colour = left + scale * row['accuracy'], COLOURS[row['features']]
-        parts += [
-            f'<text x="8" y="{y + 4}">{row["features"]}</text>',
-            f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="{colour}" stroke-width="3"/>',
-            f'<circle cx="{at:.1f}" cy="{y}" r="5" fill="{colour}"/>',
-            f'<text x="{at:.1f}" y="{y - 9}" text-anchor="middle" font-size="11">'
-            f'{row["accuracy"]:.3f}</text>',
-        ]
-    x, bottom = left + scale * chance, height - 26
-    parts += [
-        f'<path d="M{x:.1f} 4V{bottom}" stroke="black" stroke-dasharray="2 3"/>',
-        f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">chance {chance:.3f}</text>',
-        f'<path d="M{left} {bottom}H{width - 20}" stroke="#bbb"/>',
-        '</svg>\n',
-    ]
-    return '\n'.join(parts)
+    return interval_plot(intervals, (f'chance {chance:.3f}', chance))
 
 
 def main() -> None:

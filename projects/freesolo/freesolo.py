@@ -1,13 +1,14 @@
 """Photographs in, an instance segmenter out, nothing labelled: every stage of FreeSOLO in a row.
 
-    python projects/freesolo/freesolo.py [--data FOLDER]
+    python projects/freesolo/freesolo.py [--data FOLDER [--tiles SIZE]]
 
 DenseCL learns features from the images, Free Mask finds coarse masks in them, SOLOv2 is trained on
 these (iteration 0 of Table 6.7(c)), and again on its own predictions (iteration 1, ...). FOLDER
 holds photographs; if they lie in ``images/`` beside ``instances_train.json`` and
 ``instances_val.json``, the images of the first are learnt from, labels unseen, and every iteration
-is scored on the second. Without it the made-up scenes of ``make demo`` are used. All stages are
-stock runner calls; the same command goes on where it was stopped, inside a stage too.
+is scored on the second. Without it the made-up scenes of ``make demo`` are used. Where objects are
+small and many, ``--tiles`` cuts such a FOLDER into tiles, which the networks see enlarged. All
+stages are stock runner calls; the same command goes on where it was stopped, inside a stage too.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.device import get_device
 
 from mmdet_plugins.common.files import atomic_write
@@ -28,28 +29,22 @@ from mmdet_plugins.common.stages import (
     Stage,
     environment,
     evaluate,
+    keep_settings,
     mim,
     prepare_data,
+    resize,
     train,
     write_config,
 )
+from mmdet_plugins.common.tiles import cut_tiles
 from mmdet_plugins.freesolo.clusters import write_clusters
 from mmdet_plugins.freesolo.health import write_health
 from mmdet_plugins.ops.open_world import evaluate_json
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 SCENES = dict(size_hw=(128, 160), large=True)
-SIZE = dict(scale=(256, 192), keep_ratio=True)
 CLUSTERS = 12
 METRICS = ('segm_AP', 'segm_AP50', 'segm_AR@10', 'segm_AR@100', 'bbox_AR@100')
-
-
-def bound_size(dataset: ConfigDict) -> None:
-    """Let a toy network see photographs of any size at one that it can afford."""
-    dataset = dataset.get('dataset', dataset)  # a wrapped set loads by itself
-    steps = [step for step in dataset.pipeline if step['type'] != 'Resize']
-    place = 1 + max(i for i, step in enumerate(steps) if 'Load' in step['type'])
-    dataset.pipeline = [*steps[:place], dict(type='Resize', **SIZE), *steps[place:]]
 
 
 class Recipe:
@@ -70,8 +65,16 @@ class Recipe:
         self.labelled = args.data is None or (self.data / 'instances_train.json').exists()
         if self.labelled:
             prepare_data(self.data, synthetic=args.data is None, **SCENES)
+        if args.tiles:
+            if not self.labelled:
+                raise SystemExit(f'--tiles needs {self.data}/instances_train.json')
+            tiles = self.out.resolve() / 'data'
+            keep_settings(tiles, dict(data=str(self.data), tiles=args.tiles))
+            cut_tiles(self.data, tiles, args.tiles)
+            self.data = tiles
         self.out = self.out.resolve()
-        self.bounded = args.data is not None
+        self.scale = (2 * args.tiles,) * 2 if args.tiles else (256, 192) if args.data else None
+        self.free_mask = f'freesolo/tiny/free-mask_tiny_{"nuclei" if args.tiles else "demo"}'
         self.stores: dict[str, Path] = {}
         self.objects = 0  # in the newest of them
         self.train_source, self.val_source = (
@@ -88,9 +91,8 @@ class Recipe:
         if self.iters and 'train_cfg' in cfg:
             cfg.train_cfg.max_iters = self.iters
         if base.startswith('freesolo/tiny/freesolo'):
-            if self.bounded:
-                for part in ('train', 'val', 'test'):
-                    bound_size(cfg[f'{part}_dataloader'].dataset)
+            if self.scale:
+                resize(cfg, self.scale)
             if not self.labelled:
                 cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         return write_config(name, cfg, self.out), cfg
@@ -145,14 +147,10 @@ class Recipe:
     def run(self, iterations: int) -> None:
         """All stages, the scores of each iteration, and the report."""
         pretrained = self.pretrain()
-        labels = self.labels(
-            'labels-0', 'freesolo/tiny/free-mask_tiny_demo', pretrained, self.train_source
-        )
+        labels = self.labels('labels-0', self.free_mask, pretrained, self.train_source)
         results, metrics = {}, {}
         if self.labelled:
-            coarse = self.labels(
-                'coarse-val', 'freesolo/tiny/free-mask_tiny_demo', pretrained, self.val_source
-            )
+            coarse = self.labels('coarse-val', self.free_mask, pretrained, self.val_source)
             results['coarse masks'] = json.loads(coarse.read_text())['annotations']
             metrics['coarse masks'] = evaluate_json(self.truth, results['coarse masks'])
         for i in range(iterations):
@@ -253,6 +251,7 @@ def main() -> None:
     )
     parser.add_argument('--data', type=Path, help='a folder of photographs')
     parser.add_argument('--out', type=Path, help='default: work_dirs/freesolo[-NAME OF THE DATA]')
+    parser.add_argument('--tiles', type=int, metavar='SIZE', help='cut --data into tiles, px')
     parser.add_argument('--iters', type=int, help="of every training; default: the configs'")
     parser.add_argument('--iterations', type=int, default=2, help='trainings of the segmenter')
     parser.add_argument('--seed', type=int, default=0, help='of every training')

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from mmdet.models.layers import mask_matrix_nms
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 
 from mmdet_plugins.ops import free_mask as ops
 from mmdet_plugins.ops.free_mask import free_masks
@@ -25,25 +26,35 @@ def blobs(hw=(13, 22), channels=32, num=5, seed=0, noise=0.3):
     return torch.from_numpy(features).float()
 
 
-def literal(features, image_hw, min_score=0.7, max_num=20):
+def literal(features, image_hw, min_score=0.7, max_num=20, connected=False):
     """The released algorithm in float64, one mask after the other where it can be.
 
-    Masks with score, query, box, and whether the priors refuse them.
+    Masks with score, query, box, and whether the priors refuse them. With ``connected`` only the
+    piece of a mask in which its query lies.
     """
     keys = features.double()
     channels, height, width = keys.shape
-    queries = []
+    queries, cells = [], []
     for scale in SCALES:
         grid = F.interpolate(keys[None], scale_factor=scale, mode='bilinear')[0]
         queries += list(grid.reshape(channels, -1).T)
+        centres = (np.indices(grid.shape[1:]).reshape(2, -1).T + 0.5) / scale
+        cells += list(centres.astype(int))
     columns = [column / column.norm() for column in keys.reshape(channels, -1).T]
     columns = torch.stack(columns, 1)
     soft, found = [], []
-    for query in queries:
+    for query, cell in zip(queries, cells, strict=True):
         query = query / query.norm()
         cosines = query @ columns
         cosines = (cosines - cosines.min()) / (cosines.max() - cosines.min())
         mask = cosines >= 0.5
+        if connected:
+            pieces, _ = ndimage.label(mask.reshape(height, width))
+            if pieces[tuple(cell)] == 0:
+                continue
+            piece = torch.from_numpy(pieces == pieces[tuple(cell)]).flatten()
+            cosines[mask & ~piece] = 0
+            mask = piece
         if mask.sum() > 1:
             soft.append(cosines.reshape(height, width))
             found.append((query, mask, cosines[mask].mean()))
@@ -124,6 +135,27 @@ def test_equals_the_released_algorithm(hw, image_hw, seed, min_score, way):
         features[None], image_hw, min_score=min_score, min_centre=0.2, max_width=0.95
     )
     compare(found, [result for result in expected if not result[4]], image_hw)
+
+
+@pytest.mark.parametrize('hw, image_hw', [((13, 22), (97, 160)), ((18, 9), (150, 71))])
+def test_pieces_are_those_of_their_queries(hw, image_hw, way):
+    features = torch.stack([blobs(hw, seed=seed) for seed in (0, 1)])
+    results = free_masks(features, image_hw, min_score=0.3, connected=True)
+    for one, found in zip(features, results, strict=True):
+        expected = literal(one, image_hw, min_score=0.3, connected=True)
+        assert len(expected) == 20
+        compare(found, expected, image_hw)
+
+
+def test_two_alike_are_told_apart():
+    """A strip: two cells, a gap, two like the first."""
+    object_, ground = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    features = torch.stack([object_] * 2 + [ground] * 3 + [object_] * 2, 1)[None, :, None]
+    (whole,) = free_masks(features, (10, 70), scales=(1.0,))
+    assert sorted(whole.areas.tolist()) == [300, 400]
+    (pieces,) = free_masks(features, (10, 70), scales=(1.0,), connected=True)
+    assert sorted(pieces.areas.tolist()) == [200, 200, 300]
+    assert sorted(pieces.boxes_xyxy[:, 0].tolist()) == [0, 20, 50]
 
 
 def test_counts_of_the_rules_add_up(way):
