@@ -112,7 +112,7 @@ def main() -> None:
     rows = [
         {'stage': stage}
         | {title: spread([value[key] for value in values], 3) for title, key in COLUMNS.items()}
-        | {'seeds': len(values), 'commit': commit()}
+        | {'seeds': len(values), 'commit': commit(*runs.glob('seed-*/*'))}
         for stage, values in scores.items()
     ]
     with atomic_write(args.plot or Path(__file__).with_name(f'learning{suffix}.svg')) as file:

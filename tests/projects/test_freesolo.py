@@ -31,7 +31,7 @@ def test_scores_of_the_stages_are_averaged_over_seeds(load_script, tmp_path, mon
 
     monkeypatch.setattr(subprocess, 'run', freesolo)
     monkeypatch.setattr(compare, 'few_labels', few_labels)
-    monkeypatch.setattr(compare, 'commit', lambda: 'abc')
+    monkeypatch.setattr(compare, 'commit', lambda *_: 'abc')
     options = ['--out', str(tmp_path / 'out'), '--json', str(tmp_path / 'table.json')]
     options += ['--plot', str(tmp_path / 'plot.svg'), '--device', 'cpu']
     monkeypatch.setattr(sys, 'argv', ['compare.py', *options])
