@@ -4,7 +4,8 @@
 """
 
 _base_ = [
-    './_base_/solov2_r50_fpn.py',
+    './_base_/imports.py',
+    '../_base_/models/solov2_r50_fpn.py',
     '../_base_/datasets/coco_instance_ms448.py',
     '../_base_/schedules/sgd_3x.py',
     'mmdet::_base_/default_runtime.py',

@@ -1,7 +1,8 @@
 """SOLOv2, ResNet-50, on LVIS v1, as on v0.5 in Table 4.2."""
 
 _base_ = [
-    './_base_/solov2_r50_fpn.py',
+    './_base_/imports.py',
+    '../_base_/models/solov2_r50_fpn.py',
     'mmdet::_base_/datasets/lvis_v1_instance.py',
     '../_base_/schedules/sgd_3x.py',
     'mmdet::_base_/default_runtime.py',

@@ -3,7 +3,7 @@
 The thesis gives no weight of the matte's loss; 10 is ours.
 """
 
-_base_ = './solov2_r50_fpn.py'
+_base_ = ['./imports.py', '../../_base_/models/solov2_r50_fpn.py']
 
 model = dict(
     type='SOLOMattingSegmentor',

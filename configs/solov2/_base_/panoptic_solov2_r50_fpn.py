@@ -4,7 +4,7 @@ The thesis gives no numbers: branch, weight of its loss and thresholds of the me
 Panoptic-FPN as Detectron2 and mmdet train it.
 """
 
-_base_ = './solov2_r50_fpn.py'
+_base_ = ['./imports.py', '../../_base_/models/solov2_r50_fpn.py']
 
 model = dict(
     type='SOLOPanopticSegmentor',

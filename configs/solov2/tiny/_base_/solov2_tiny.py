@@ -1,6 +1,6 @@
 """SOLOv2 with the width and depth that a CPU trains in minutes."""
 
-_base_ = '../../_base_/solov2_r50_fpn.py'
+_base_ = ['../../_base_/imports.py', '../../../_base_/models/solov2_r50_fpn.py']
 
 model = dict(
     backbone=dict(
