@@ -61,7 +61,7 @@ class Training:
         if self._lock():
             if not (stage.work_dir / 'last_checkpoint').exists():  # otherwise it is resumed
                 with atomic_write(stage.work_dir / _COMMIT) as file:
-                    file.write(commit())
+                    file.write(_checked_out())
             command = mim('train', stage.package, stage.config, '--work-dir', stage.work_dir)
             options = data_options(Config.fromfile(stage.config), data)
             command += ['--resume', '--cfg-options', f'train_cfg.max_iters={stage.iters}']
@@ -256,14 +256,16 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def commit(*work_dirs: Path) -> str:
-    """Short hash of what is checked out, or was when the trainings of ``work_dirs`` began.
+    """Short hash of what was checked out when the trainings of ``work_dirs`` began.
 
     Hashes that differ are all given; the answer is empty where nothing is known.
     """
-    if work_dirs:
-        notes = (work_dir / _COMMIT for work_dir in work_dirs)
-        known = {note.read_text().strip() for note in notes if note.exists()}
-        return ', '.join(sorted(known - {''}))
+    notes = (work_dir / _COMMIT for work_dir in work_dirs)
+    known = {note.read_text().strip() for note in notes if note.exists()}
+    return ', '.join(sorted(known - {''}))
+
+
+def _checked_out() -> str:
     command = ['git', 'rev-parse', '--short', 'HEAD']
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.strip()
 

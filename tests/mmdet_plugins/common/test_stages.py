@@ -105,7 +105,7 @@ def test_a_commit_is_that_of_the_code_which_a_training_began_with(tmp_path, monk
     stage = make_stage('toy', Config(dict(train_cfg=dict(max_iters=7))), tmp_path)
 
     def start(checked_out: str) -> str:
-        monkeypatch.setattr(stages, 'commit', lambda: checked_out)
+        monkeypatch.setattr(stages, '_checked_out', lambda: checked_out)
         Training(stage, tmp_path, {}).process.wait()
         return commit(stage.work_dir)
 
@@ -115,6 +115,6 @@ def test_a_commit_is_that_of_the_code_which_a_training_began_with(tmp_path, monk
     assert start('123') == 'def'
     later = tmp_path / 'later'
     later.mkdir()
-    assert commit(later) == ''
+    assert commit() == commit(later) == ''
     (later / 'commit.txt').write_text('456\n')
     assert commit(later, stage.work_dir, later, tmp_path / 'none') == '456, def'
