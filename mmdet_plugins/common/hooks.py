@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there; the model behind its wrapper."""
+"""Checkpoints that are whole or not there; channels-last weights; the model behind its wrapper."""
 
 import contextlib
 import copy
@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import BaseStorageBackend, LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet_plugins.common.files import atomic_write
 
@@ -152,3 +154,35 @@ class AtomicCheckpointHook(CheckpointHook):
             if is_last or 'last_ckpt' not in info:
                 raise OSError(error.errno, message) from error
             runner.logger.error(f'{message}; training goes on, {info["last_ckpt"]} is whole.')
+
+
+@HOOKS.register_module()
+class ChannelsLastHook(Hook):
+    """Runs a model in channels-last order of memory: same mathematics, other order of summation.
+
+    Weights of convolutions are reordered before the first iteration of training, validation or
+    test, after checkpoints were loaded; features then follow them. Shapes, checkpoints and their
+    keys stay as they are. What an optimiser keeps of a weight is reordered with it, since fused
+    optimisers walk through both in the order of memory.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner) -> None:
+        self._reorder(runner)
+        optim = runner.optim_wrapper
+        for wrapper in optim.values() if isinstance(optim, OptimWrapperDict) else [optim]:
+            for state in wrapper.optimizer.state.values():
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.ndim == 4:
+                        state[key] = value.contiguous(memory_format=torch.channels_last)
+
+    def before_val(self, runner) -> None:
+        self._reorder(runner)
+
+    def before_test(self, runner) -> None:
+        self._reorder(runner)
+
+    @staticmethod
+    def _reorder(runner) -> None:
+        unwrapped(runner.model).to(memory_format=torch.channels_last)

@@ -6,4 +6,5 @@ log_processor = dict(by_epoch=False)
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=1),
+    memory_format=dict(type='ChannelsLastHook'),
 )

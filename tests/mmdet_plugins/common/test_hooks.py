@@ -3,13 +3,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mmdet_plugins.common.checkpoint import load_file
-from mmdet_plugins.common.hooks import AtomicCheckpointHook, AtomicLocalBackend
+from mmdet_plugins.common.hooks import AtomicCheckpointHook, AtomicLocalBackend, ChannelsLastHook
 
 
 def files(folder: Path) -> set[str]:
@@ -186,3 +188,37 @@ def test_another_storage_backend_is_left_to_itself(tiny_run, tmp_path):
     (hook,) = (hook for hook in runner.hooks if isinstance(hook, AtomicCheckpointHook))
     assert type(hook.file_backend) is Elsewhere
     assert files(tmp_path) == {'iter_8.pth', 'last_checkpoint'}
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('several', [False, True])
+def test_channels_last_trains_alike_and_takes_the_state_of_the_optimiser_with_it(fused, several):
+    def step(runner: SimpleNamespace) -> None:
+        images = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        runner.model(images).square().mean().backward()
+        for optimiser in optimisers:
+            optimiser.step()
+
+    weights = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+        )
+        optimisers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)]
+        optim = OptimWrapper(optimisers[0])
+        runner = SimpleNamespace(
+            model=model, optim_wrapper=OptimWrapperDict(all=optim) if several else optim
+        )
+        step(runner)  # so that there is a state, in the order of the weights
+        if channels_last:
+            ChannelsLastHook().before_train(runner)
+        for _ in range(3):
+            step(runner)
+        kernel = model[2].weight
+        assert kernel.is_contiguous() != channels_last
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+        weights.append([weight.detach() for weight in model.parameters()])
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
