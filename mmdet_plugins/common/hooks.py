@@ -160,6 +160,9 @@ class AtomicCheckpointHook(CheckpointHook):
 class ChannelsLastHook(Hook):
     """Runs a model in channels-last order of memory: same mathematics, other order of summation.
 
+    Worth it on a CPU for narrow networks (the toys: 1.2 to 1.3 times faster), not for wide ones (a
+    step of SOLOv2 R50: the same), and on a GPU for convolutions in half precision.
+
     Weights of convolutions are reordered before the first iteration of training, validation or
     test, after checkpoints were loaded; features then follow them. Shapes, checkpoints and their
     keys stay as they are. What an optimiser keeps of a weight is reordered with it, since fused

@@ -9,7 +9,7 @@ model = dict(
         num_classes=1,
         in_channels=32,
         feat_channels=64,
-        stacked_convs=3,
+        stacked_convs=2,
         num_grids=[24, 18, 12, 8],
         strides=[8, 8, 16, 16],
         scale_ranges=[(1, 32), (12, 56), (40, 112), (72, 512)],
@@ -29,4 +29,4 @@ model = dict(
         max_per_img=100,
     ),
 )
-train_cfg = dict(max_iters=2000)
+train_cfg = dict(max_iters=1500)

@@ -134,6 +134,18 @@ def test_extreme_logits_stay_finite(loss):
         assert out.isfinite().all()
 
 
+def test_no_subnormal_gradient_slows_the_convolution_before_it():
+    logits = -torch.linspace(0, 60, 4 * 64 * 64).view(4, 64, 64)
+    factors = tuple(logits.clone().requires_grad_() for _ in range(2))
+    targets = torch.ones(1, 64, 64, dtype=torch.bool)
+    mask_dice_loss(factors, targets, torch.zeros(4, dtype=torch.long)).sum().backward()
+    for factor in factors:
+        size = factor.grad.abs()
+        assert ((size == 0) | (size > 1e-30)).all()
+        assert (size == 0).any()
+        assert (size > 0).any()
+
+
 @pytest.mark.parametrize('loss', LOSSES)
 def test_no_predictions(loss):
     _, targets, index = make_inputs(0)
