@@ -29,4 +29,4 @@ model = dict(
         max_per_img=100,
     ),
 )
-train_cfg = dict(max_iters=1500)
+train_cfg = dict(max_iters=1300)

@@ -2,5 +2,5 @@
 
 _base_ = '../../solo/tiny/solo_tiny_demo.py'
 
-model = dict(mask_head=dict(type='SOLODecoupledHead', strides=[8, 8, 16, 16]))
-train_cfg = dict(max_iters=1500)
+model = dict(mask_head=dict(type='SOLODecoupledHead'))
+train_cfg = dict(max_iters=1300)
