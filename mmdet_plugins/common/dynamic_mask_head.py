@@ -17,6 +17,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from ..ops.shared_conv import is_faster, shared_conv3x3
 from .deform import AnyDeviceDCNv2
 
 GROUP_NORM = dict(type='GN', num_groups=32, requires_grad=True)
@@ -50,7 +51,7 @@ def resample_levels(
 
 
 class ConvTower(nn.ModuleList):
-    """3x3 convolutions, the first few of which also see coordinates.
+    """3x3 convolutions shared by the levels, the first few of which also see coordinates.
 
     Args:
         in_channels: Of the input, without coordinates.
@@ -86,11 +87,24 @@ class ConvTower(nn.ModuleList):
         )
         self.num_coord_convs = num_coord_convs
 
-    def forward(self, x: Tensor, coords: Tensor | None = None) -> Tensor:
-        """``x`` [N, C, h, w], ``coords`` [N, c, h, w] -> [N, feat_channels, h, w]."""
+    def forward(
+        self, maps: Sequence[Tensor], coords: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """L maps [N, feat_channels, h, w] from ``maps`` [N, C, h, w], ``coords`` [N, c, h, w]."""
         for i, layer in enumerate(self):
-            x = layer(torch.cat([x, coords], 1) if i < self.num_coord_convs else x)
-        return x
+            if i < self.num_coord_convs:
+                maps = [torch.cat(pair, 1) for pair in zip(maps, coords, strict=True)]
+            maps = _convolve(layer, maps)
+        return maps
+
+
+def _convolve(layer: ConvModule, maps: Sequence[Tensor]) -> list[Tensor]:
+    """A layer on each of the maps, on all at once where that is faster."""
+    plain = type(layer.conv) is nn.Conv2d and layer.with_norm
+    if plain and is_faster(maps, layer.conv.weight):
+        convolved = shared_conv3x3(maps, layer.conv.weight)
+        return [layer.activate(layer.norm(x)) for x in convolved]
+    return [layer(x) for x in maps]
 
 
 @MODELS.register_module()
@@ -158,7 +172,8 @@ class UnifiedMaskFeatures(BaseModule):
 class DynamicMaskHead(BaseModule):
     """Categories, mask kernels and mask features of SOLOv2, without targets and losses.
 
-    Parameters and values are those of mmdet's ``SOLOV2Head``.
+    Parameters and values are those of mmdet's ``SOLOV2Head``. ``conv_kernel`` is left to
+    whoever asks for the kernels of some cells.
 
     Args:
         num_classes: K.
@@ -219,21 +234,21 @@ class DynamicMaskHead(BaseModule):
         """Predictions from L maps [N, C, h, w].
 
         Returns:
-            Category logits, L maps [N, K, S, S]; kernels, L maps [N, D, S, S]; mask features, one
-            map [N, E, h, w], or one a level.
+            Category logits, L maps [N, K, S, S]; what ``conv_kernel`` makes kernels of, L maps
+            [N, F, S, S]; mask features, one map [N, E, h, w], or one a level.
         """
         return self.forward_features(x)[:3]
 
     def forward_features(self, x: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         """As :meth:`forward`, and what the category logits are made of, L maps [N, F, S, S]."""
         resampled = resample_levels(x, self.in_strides, self.strides)
-        cls_feats, kernels = [], []
+        channels = x[0].shape[1]
+        grids = []
         for feat, size in zip(resampled, self.num_grids, strict=True):
-            channels = feat.shape[1]
             if self.kernel_coords:
                 feat = torch.cat([feat, pixel_coordinates(feat)], 1)
-            grid = F.interpolate(feat, size=(size, size), mode='bilinear')
-            kernels.append(self.conv_kernel(self.kernel_convs(grid)))
-            cls_feats.append(self.cls_convs(grid[:, :channels]))
+            grids.append(F.interpolate(feat, size=(size, size), mode='bilinear'))
+        kernel_feats = self.kernel_convs(grids)
+        cls_feats = self.cls_convs([grid[:, :channels] for grid in grids])
         cls_logits = [self.conv_cls(feat) for feat in cls_feats]
-        return cls_logits, kernels, self.mask_feature_head(x, resampled), cls_feats
+        return cls_logits, kernel_feats, self.mask_feature_head(x, resampled), cls_feats

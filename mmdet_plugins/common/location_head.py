@@ -225,12 +225,6 @@ class LocationHead(BaseModule):
             )
         return results
 
-    def cell_levels(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Level of each cell in P and its place in the level's grid, both [Q]."""
-        ends = torch.tensor([size**2 for size in self.num_grids], device=cells.device).cumsum(0)
-        level = torch.bucketize(cells, ends, right=True)
-        return level, cells - torch.cat([ends.new_zeros(1), ends])[level]
-
 
 class LevelMaskHead(LocationHead):
     """A head whose levels have mask maps of their own, at half the levels' strides."""
@@ -253,7 +247,7 @@ class LevelMaskHead(LocationHead):
         sizes = [size**2 for size in self.num_grids]
         owned = (targets.owner >= 0).split(sizes, dim=1)
         image_counts = torch.stack([level.sum(1) for level in owned]).tolist()
-        _, cells = self.cell_levels(positives.cell_idx)
+        _, cells = cell_levels(self.num_grids, positives.cell_idx)
         parts = (part.split(counts) for part in (positives.image_idx, cells, positives.object_idx))
         return [
             PositiveMasks(
@@ -269,7 +263,7 @@ class LevelMaskHead(LocationHead):
         one = tuple([maps[image : image + 1] for maps in part] for part in outputs)
 
         def maps_of(cells: Tensor) -> Tensor:
-            levels, places = self.cell_levels(cells)
+            levels, places = cell_levels(self.num_grids, cells)
             maps = one[0][0].new_empty(len(cells), *size)
             for level in levels.unique().tolist():
                 mine = (levels == level).nonzero()[:, 0]
@@ -288,7 +282,10 @@ class LevelMaskHead(LocationHead):
 
 @MODELS.register_module()
 class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
-    """SOLOv2 (section 4.2): arguments are those of its two bases."""
+    """SOLOv2 (section 4.2): arguments are those of its two bases.
+
+    Like masks, kernels are computed for the cells that are asked for, some hundreds of 3872.
+    """
 
     @property
     def unified(self) -> bool:
@@ -319,7 +316,8 @@ class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
         Args:
             counts: How many of the cells each image has.
         """
-        kernels = flatten_grids(outputs[1])[positives.image_idx, positives.cell_idx]
+        kernels_at = convolve_at(self.conv_kernel, outputs[1])
+        kernels = kernels_at(positives.image_idx, positives.cell_idx)
         logits = dynamic_mask_logits(outputs[2][0], kernels, counts)
         return PositiveMasks((logits,), targets.masks[0], positives.object_idx)
 
@@ -327,19 +325,57 @@ class SOLODynamicHead(LevelMaskHead, DynamicMaskHead):
         if not self.unified:
             return super().candidate_maps(outputs, image)
         features = outputs[2][0][image : image + 1]
-        kernels = flatten_grids([grid[image : image + 1] for grid in outputs[1]])[0]
-        return lambda cells: dynamic_mask_logits(features, kernels[cells], [len(cells)])
+        kernels_of = self.image_kernels(outputs, image)
+        return lambda cells: dynamic_mask_logits(features, kernels_of(cells), [len(cells)])
 
     def level_factors(
         self, outputs: tuple, level: int, images: Tensor, cells: Tensor, counts: list[int]
     ) -> tuple[Tensor, ...]:
-        kernels = outputs[1][level].flatten(2)[images, :, cells]
+        kernels = convolve_at(self.conv_kernel, outputs[1][level : level + 1])(images, cells)
         return (dynamic_mask_logits(outputs[2][level], kernels, counts),)
+
+    def image_kernels(self, outputs: tuple, image: int) -> Callable[[Tensor], Tensor]:
+        """What gives the kernels [Q, D] of cells ([Q], in P) of an image."""
+        kernels_at = convolve_at(self.conv_kernel, [grid[image : image + 1] for grid in outputs[1]])
+        return lambda cells: kernels_at(torch.zeros_like(cells), cells)
 
 
 def flatten_grids(grids: list[Tensor]) -> Tensor:
     """L maps [N, C, S, S] -> [N, P, C]."""
     return torch.cat([grid.flatten(2) for grid in grids], 2).transpose(1, 2)
+
+
+def cell_levels(grid_sizes: Sequence[int], cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Level of each cell in P and its place in the level's grid, both [Q]."""
+    ends = torch.tensor([size**2 for size in grid_sizes], device=cells.device).cumsum(0)
+    level = torch.bucketize(cells, ends, right=True)
+    return level, cells - F.pad(ends, (1, 0))[level]
+
+
+def convolve_at(conv: nn.Conv2d, grids: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """What gives values [Q, D] of a 3x3 convolution, padded by one, of L maps [N, C, S, S].
+
+    It takes images and cells, both [Q], the latter in P.
+    """
+    padded = [F.pad(g.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(1, 2) for g in grids]
+    padded = torch.cat(padded, 1)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(padded.dtype)
+    bias = conv.bias.to(padded.dtype)
+    grid_sizes = [grid.shape[-1] for grid in grids]
+    sizes = torch.tensor(grid_sizes, device=padded.device)
+    starts = F.pad((sizes + 2).square().cumsum(0), (1, 0))
+    around = torch.arange(3, device=padded.device)
+
+    def values_at(images: Tensor, cells: Tensor) -> Tensor:
+        level, place = cell_levels(grid_sizes, cells)
+        size = sizes[level]
+        rows = ((place // size)[:, None] + around) * (size + 2)[:, None]
+        columns = (place % size + starts[level])[:, None] + around
+        index = rows[:, :, None] + columns[:, None]
+        patches = padded[images[:, None], index.flatten(1)]
+        return F.linear(patches.flatten(1), weight, bias)
+
+    return values_at
 
 
 def frame_of(map_hw: tuple[int, int], map_stride: int, meta: dict, rescale: bool) -> Frame:

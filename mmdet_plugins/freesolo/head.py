@@ -15,7 +15,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..common.finite import require_finite
-from ..common.location_head import SOLODynamicHead
+from ..common.location_head import SOLODynamicHead, convolve_at
 from ..common.ranks import mean_over_ranks
 from ..ops.dice import wide
 from ..ops.grid_targets import Positives, image_of_objects
@@ -26,9 +26,9 @@ from .losses import FreeSOLOWeakMaskLoss
 class FreeSOLOHead(SOLODynamicHead):
     """SOLOv2's head with a semantic embedding of each object beside its foreground score.
 
-    The branch is one convolution, parallel to the category branch's last. It is computed for the
-    cells that are trained or found, not for the whole grid: some hundreds of 3872, which counts
-    with the 2048 channels of a ResNet's queries.
+    The branch is one convolution, parallel to the category branch's last. As kernels are, it is
+    computed for the cells that are trained or found, which counts with the 2048 channels of a
+    ResNet's queries.
 
     Args:
         embed_dims: E, as the pseudo-labels have it; None for no branch (Table 6.7(f)).
@@ -172,18 +172,7 @@ class FreeSOLOHead(SOLODynamicHead):
         Returns:
             [Q, E], float32.
         """
-        padded = [F.pad(feat, (1, 1, 1, 1)).flatten(2) for feat in cls_feats]
-        sizes = torch.tensor(self.num_grids, device=cells.device)
-        starts = F.pad((sizes + 2).square().cumsum(0), (1, 0))
-        level, place = self.cell_levels(cells)
-        row, column = place // sizes[level], place % sizes[level]
-        around = torch.arange(3, device=cells.device)
-        rows = (row[:, None] + around) * (sizes[level] + 2)[:, None]
-        columns = column[:, None] + around
-        index = starts[level][:, None, None] + rows[:, :, None] + columns[:, None]  # [Q, 3, 3]
-        patches = torch.cat(padded, 2).transpose(1, 2)[images[:, None], index.flatten(1)]
-        weight = self.conv_embed.weight.flatten(2).transpose(1, 2).flatten(1)
-        found = F.linear(patches.flatten(1), weight, self.conv_embed.bias)
+        found = convolve_at(self.conv_embed, cls_feats)(images, cells)
         return found.to(wide(found.dtype))
 
     def predict_by_feat(

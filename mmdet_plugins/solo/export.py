@@ -100,7 +100,8 @@ class ExportableSOLOv2(nn.Module):
         head = self.detector.mask_head
         post, nms = head.postprocess, head.postprocess.suppression
         mask_thr = post.maps['mask_thr']
-        cls_logits, kernels, (features,) = outputs
+        cls_logits, kernel_feats, (features,) = outputs
+        kernels = flatten_grids([head.conv_kernel(grid) for grid in kernel_feats])
         scores = grid_scores(cls_logits).flatten(1)
         most = scores.shape[1]
         num = min(n for n in (nms['max_num'], nms['nms_pre'], most) if n > 0)
@@ -117,7 +118,7 @@ class ExportableSOLOv2(nn.Module):
         map_hw = features.shape[-2:]
         if head.kernel_size > 1:
             features = F.unfold(features, head.kernel_size, padding=head.kernel_size // 2)
-        probs = (flatten_grids(kernels)[image, cells] @ features.flatten(2)).sigmoid()
+        probs = (kernels[image, cells] @ features.flatten(2)).sigmoid()
         masks = (probs > mask_thr).float()
         areas = masks.sum(2)
         found = (scores > post.score_thr) & (areas > self.min_area[cells])

@@ -24,7 +24,7 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from ..common.location_head import SOLODynamicHead, flatten_grids, frame_of
+from ..common.location_head import SOLODynamicHead, convolve_at, frame_of
 from ..common.ranks import mean_over_ranks
 from ..ops.dice import dynamic_mask_logits, wide
 from ..ops.grid_targets import GridTargets
@@ -145,8 +145,8 @@ class SOLOMattingHead(SOLODynamicHead):
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
         """As SOLOv2's, and the details, one map [N, D, H, W]."""
         *pyramid, image = x
-        cls_logits, kernels, features = super().forward(pyramid)
-        return cls_logits, kernels, features, [self.refinement(features[0], image)]
+        cls_logits, kernel_feats, features = super().forward(pyramid)
+        return cls_logits, kernel_feats, features, [self.refinement(features[0], image)]
 
     def loss_by_feat(
         self, outputs: tuple, batch_gt_instances: list[InstanceData]
@@ -156,11 +156,12 @@ class SOLOMattingHead(SOLODynamicHead):
         Memory grows with positives times pixels of the input: they are held at full resolution.
         The masks of the instances are mattes, uint8 of 0 to 255, or masks of 0 and 1.
         """
-        _, kernels, (features,), (details,) = outputs
+        _, kernel_feats, (features,), (details,) = outputs
         targets = self.get_targets(outputs, batch_gt_instances)
         positives, counts = targets.by_image()
-        chosen = flatten_grids(kernels)[positives.image_idx, positives.cell_idx]
-        logits = self.refinement.logits(features, details, chosen, counts)
+        kernels_at = convolve_at(self.conv_kernel, kernel_feats)
+        kernels = kernels_at(positives.image_idx, positives.cell_idx)
+        logits = self.refinement.logits(features, details, kernels, counts)
         probs = logits.to(wide(logits.dtype)).sigmoid()
         mattes = torch.cat([_padded(_mattes(gts), probs) for gts in batch_gt_instances])
         mattes = mattes[positives.object_idx]
@@ -196,8 +197,10 @@ class SOLOMattingHead(SOLODynamicHead):
     def _logits_of(self, outputs: tuple, image: int, details: Tensor) -> Callable[[Tensor], Tensor]:
         """What gives logits [Q, h, w] of cells ([Q], in P), by details [1, D, h, w]."""
         features = outputs[2][0][image : image + 1]
-        kernels = flatten_grids([grid[image : image + 1] for grid in outputs[1]])[0]
-        return lambda cells: self.refinement.logits(features, details, kernels[cells], [len(cells)])
+        kernels_of = self.image_kernels(outputs, image)
+        return lambda cells: self.refinement.logits(
+            features, details, kernels_of(cells), [len(cells)]
+        )
 
     def predict_by_feat(
         self, outputs: tuple, batch_img_metas: list[dict], rescale: bool = False

@@ -112,9 +112,13 @@ class GridNetwork(BaseModule):
             **self._tower, num_coord_convs=self._num_coord_convs, coord_channels=coord_channels
         )
 
-    def categories(self, feat: Tensor, size: int) -> Tensor:
-        """Logits [N, K, S, S] of a level [N, C, h, w]."""
-        return self.conv_cls(self.cls_convs(align_to_grid(feat, size, self.cls_align)))
+    def categories(self, feats: Sequence[Tensor]) -> list[Tensor]:
+        """Logits, L maps [N, K, S, S], of levels [N, C, h, w]."""
+        grids = [
+            align_to_grid(feat, size, self.cls_align)
+            for feat, size in zip(feats, self.num_grids, strict=True)
+        ]
+        return [self.conv_cls(grid) for grid in self.cls_convs(grids)]
 
 
 class VanillaNetwork(GridNetwork):
@@ -136,13 +140,8 @@ class VanillaNetwork(GridNetwork):
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Category logits, L maps [N, K, S, S], and mask features, L maps [N, F, h, w]."""
         resampled = resample_levels(x, self.in_strides, self.strides)
-        return (
-            [
-                self.categories(feat, size)
-                for feat, size in zip(resampled, self.num_grids, strict=True)
-            ],
-            [self.mask_convs(feat, pixel_coordinates(feat)) for feat in resampled],
-        )
+        coords = [pixel_coordinates(feat) for feat in resampled]
+        return self.categories(resampled), self.mask_convs(resampled, coords)
 
 
 class DecoupledNetwork(GridNetwork):
@@ -172,18 +171,20 @@ class DecoupledNetwork(GridNetwork):
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Category logits, L maps [N, K, S, S]; column and row logits, L maps [N, S, 2h, 2w]."""
-        cls_logits, columns, rows = [], [], []
-        for level, feat in enumerate(resample_levels(x, self.in_strides, self.strides)):
-            cls_logits.append(self.categories(feat, self.num_grids[level]))
-            coords = pixel_coordinates(feat)
-            if self.shared_tower:
-                feat_x = feat_y = upsample(self.mask_convs(feat, coords))
-            else:
-                feat_x = upsample(self.mask_convs_x(feat, coords[:, :1]))
-                feat_y = upsample(self.mask_convs_y(feat, coords[:, 1:]))
-            columns.append(self.conv_mask_list_x[level](feat_x))
-            rows.append(self.conv_mask_list_y[level](feat_y))
-        return cls_logits, columns, rows
+        resampled = resample_levels(x, self.in_strides, self.strides)
+        coords = [pixel_coordinates(feat) for feat in resampled]
+        if self.shared_tower:
+            feats_x = feats_y = self.mask_convs(resampled, coords)
+        else:
+            feats_x = self.mask_convs_x(resampled, [pair[:, :1] for pair in coords])
+            feats_y = self.mask_convs_y(resampled, [pair[:, 1:] for pair in coords])
+        columns, rows = [], []
+        for level, (feat_x, feat_y) in enumerate(zip(feats_x, feats_y, strict=True)):
+            up_x = upsample(feat_x)
+            up_y = up_x if self.shared_tower else upsample(feat_y)
+            columns.append(self.conv_mask_list_x[level](up_x))
+            rows.append(self.conv_mask_list_y[level](up_y))
+        return self.categories(resampled), columns, rows
 
 
 @MODELS.register_module()
@@ -215,7 +216,8 @@ class SOLOSeparateMaskFeatures(BaseModule):
 
     def forward(self, feats: Sequence[Tensor], resampled: Sequence[Tensor]) -> list[Tensor]:
         """L maps [N, E, 2h, 2w] from the resampled pyramid; ``feats`` plays no part."""
-        return [upsample(self.convs(feat, pixel_coordinates(feat))) for feat in resampled]
+        coords = [pixel_coordinates(feat) for feat in resampled]
+        return [upsample(feat) for feat in self.convs(resampled, coords)]
 
 
 @MODELS.register_module()

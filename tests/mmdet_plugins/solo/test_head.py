@@ -38,14 +38,15 @@ def test_kernels_of_3x3_against_padded_convolutions(solo, few):
     masks[0, 40:80, 60:140] = 1
     features = [feat[:1].double() for feat in solo.pyramid()]
     losses = head.loss(features, [solo.sample(masks, (128, 192))])
-    _, kernels, (mask_features,) = head(features)
+    _, kernel_feats, (mask_features,) = head(features)
+    kernels = head.conv_kernel(kernel_feats[0])
     # Centre (99.5, 59.5) of 192x128 on 12 cells; the region is x 91.5 to 107.5, y 55.5 to 63.5.
     cells = [(5, 5), (5, 6)]
     total = 0
     target = torch.zeros(32, 48, dtype=torch.double)
     target[10:20, 15:35] = 1
     for row, column in cells:
-        weight = kernels[0][0, :, row, column].view(1, -1, 3, 3)
+        weight = kernels[0, :, row, column].view(1, -1, 3, 3)
         p = F.conv2d(F.pad(mask_features, (1, 1, 1, 1)), weight)[0, 0].sigmoid()
         total += 3 * (1 - 2 * (p * target).sum() / (p.square().sum() + target.sum() + 2e-3))
     torch.testing.assert_close(losses['loss_mask'], total / len(cells))

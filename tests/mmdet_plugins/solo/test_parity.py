@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 
+from mmdet_plugins.common import dynamic_mask_head
+
 KINDS = ('vanilla', 'decoupled', 'light', 'dynamic')
+
+
+def run_towers(monkeypatch, together: bool) -> None:
+    """All levels at once or each by itself, whatever is faster for these small heads."""
+    monkeypatch.setattr(dynamic_mask_head, 'is_faster', lambda *_: together)
 
 
 def losses_and_gradients(head, features: list, samples: list) -> tuple[dict, dict]:
@@ -19,9 +26,11 @@ def losses_and_gradients(head, features: list, samples: list) -> tuple[dict, dic
     return losses, gradients
 
 
+@pytest.mark.parametrize('together', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
-def test_losses_and_gradients(solo, kind, samples):
+def test_losses_and_gradients(solo, kind, together, samples, monkeypatch):
     """In double precision, where the order of sums plays no part; mmdet's sums are as they are."""
+    run_towers(monkeypatch, together)
     ours, stock = (head.double() for head in solo.build_pair(kind, spread=0.1))
     features = [feat.double() for feat in solo.pyramid()]
     losses, gradients = losses_and_gradients(ours, features, samples)
@@ -34,8 +43,10 @@ def test_losses_and_gradients(solo, kind, samples):
     assert expected['loss_mask'] > 0.5
 
 
+@pytest.mark.parametrize('together', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
-def test_losses_in_single_precision(solo, kind, samples):
+def test_losses_in_single_precision(solo, kind, together, samples, monkeypatch):
+    run_towers(monkeypatch, together)
     ours, stock = solo.build_pair(kind, spread=0.1)
     losses = ours.loss(solo.pyramid(), copy.deepcopy(samples))
     expected = stock.loss(solo.pyramid(), copy.deepcopy(samples))
@@ -87,8 +98,9 @@ class _Near:
 @pytest.mark.parametrize('seed', range(2))
 @pytest.mark.parametrize('nms', [{}, dict(kernel='linear'), dict(nms_pre=7, max_per_img=5)])
 @pytest.mark.parametrize('kind', KINDS)
-def test_detections(solo, kind, nms, seed, record_property):
+def test_detections(solo, kind, nms, seed, record_property, monkeypatch):
     """Masks may differ where mmdet's probability is within 1e-5 of the threshold."""
+    run_towers(monkeypatch, together=seed == 1)
     ours, stock = solo.build_pair(kind, seed, spread=0.5, mask_format='dense', **nms)
     samples = [solo.sample(solo.ellipses(hw, 1), hw) for hw in ((128, 160), (101, 192))]
     features = solo.pyramid(seed=seed)
