@@ -38,14 +38,14 @@ def is_faster(maps: Sequence[Tensor], weight: Tensor) -> bool:
 
     Never while a graph is traced, compiled or exported, where it would stand for one operator.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     device = weight.device.type
     return (
         device == 'cpu'
         and min(weight.shape[:2]) >= _MIN_CHANNELS
         and all(each.dtype == torch.float32 for each in (weight, *maps))
         and not torch.is_autocast_enabled(device)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 

@@ -19,11 +19,13 @@ def dice(a, b):
 
 def literal_losses(head, x, samples) -> dict:
     """Equations 6.4 to 6.8, one positive cell after the other."""
-    cls_logits, kernels, (features,), cls_feats = head(x)
-    targets = head.get_targets((cls_logits, kernels, [features]), [s.gt_instances for s in samples])
+    cls_logits, kernel_feats, (features,), cls_feats = head(x)
+    targets = head.get_targets(
+        (cls_logits, kernel_feats, [features]), [s.gt_instances for s in samples]
+    )
     positives, _ = targets.by_image()
     cells = list(zip(*(part.tolist() for part in positives), strict=True))
-    flat_kernels = flatten_grids(kernels)
+    flat_kernels = flatten_grids([head.conv_kernel(grid) for grid in kernel_feats])
     embedded = flatten_grids([head.conv_embed(feat) for feat in cls_feats])
     wanted = torch.cat([s.gt_instances.embeddings for s in samples])
     totals = dict.fromkeys(('max', 'avg', 'pairwise', 'pairs', 'embed'), 0)

@@ -6,6 +6,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from mmdet_plugins.ops import shared_conv
+
 CONFIGS = dict(
     vanilla='solo/tiny/solo_tiny_demo.py',
     decoupled='decoupled_solo/tiny/decoupled-solo_tiny_demo.py',
@@ -15,8 +17,10 @@ CONFIGS = dict(
 
 
 @pytest.mark.parametrize('kind', CONFIGS)
-def test_no_graph_break_from_pixels_to_maps(repo, kind):
+def test_no_graph_break_from_pixels_to_maps(repo, kind, monkeypatch):
     """Backbone, neck and head are one graph, of eager's values, forward and backward."""
+    # As in a full-size head, eager's towers take all levels at once.
+    monkeypatch.setattr(shared_conv, '_MIN_CHANNELS', 1)
     init_default_scope('mmdet')
     cfg = Config.fromfile(repo / 'configs' / CONFIGS[kind]).model
     if kind == 'deformable':
@@ -37,4 +41,6 @@ def test_no_graph_break_from_pixels_to_maps(repo, kind):
     for outputs in (found, expected):
         total = sum(maps.square().sum() for part in outputs for maps in part)
         gradients += torch.autograd.grad(total, pixels)
-    torch.testing.assert_close(*gradients)
+    found, expected = gradients
+    tolerance = 1e-5 * expected.abs().max().item()  # two algorithms of a convolution
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)

@@ -116,12 +116,12 @@ def test_candidates_are_chosen_by_the_mean_logit(repo):
     features, details = torch.randn(1, 64, 8, 12), torch.randn(1, 32, 32, 48)
     # Features that do not change from place to place are enlarged to themselves.
     features = features[:, :, :1, :1].expand_as(features)
-    kernels = [torch.randn(1, 64, size, size) for size in head.num_grids]
-    outputs = ([], kernels, [features], [details])
+    grids = [torch.randn(1, 64, size, size) for size in head.num_grids]
+    outputs = ([], grids, [features], [details])
     cells = torch.tensor([3, 700])
     maps = head.candidate_maps(outputs, 0)(cells)
-    flat = torch.cat([grid[0].flatten(1) for grid in kernels], 1).T[cells]
-    full = head.refinement.logits(features, details, flat, [2])
+    kernels = torch.cat([head.conv_kernel(grid)[0].flatten(1) for grid in grids], 1).T[cells]
+    full = head.refinement.logits(features, details, kernels, [2])
     torch.testing.assert_close(maps, F.avg_pool2d(full, 4), rtol=1e-4, atol=1e-4)
 
 
