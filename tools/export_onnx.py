@@ -44,7 +44,7 @@ from mmdet_plugins.solo.export import BatchInstances, ExportableSOLOv2  # noqa: 
 OPSET = 18
 NUM_IMAGES = 20
 SIZES_HW = ((224, 320), (250, 187), (160, 213))
-SCORE_TOLERANCE = 1e-3
+SCORE_TOLERANCE = 5e-3  # one pixel at the threshold changes how a small mask decays others
 MIN_IOU = 0.99
 
 

@@ -265,7 +265,7 @@ def test_synthetic_annotations_say_what_the_pngs_show(data):
 @pytest.mark.slow
 def test_learns_a_small_set_by_heart(repo, tmp_path):
     make_panoptic_data(tmp_path / 'data', num_train=4, num_val=1, size_hw=(128, 160))
-    iters = 250
+    iters = 400
     cfg = tiny_on(repo, tmp_path / 'data')
     pipeline = cfg.train_dataloader.dataset.pipeline
     cfg.train_dataloader.dataset.pipeline = [t for t in pipeline if t.type != 'RandomFlip']
