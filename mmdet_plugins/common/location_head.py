@@ -225,6 +225,12 @@ class LocationHead(BaseModule):
             )
         return results
 
+    def cell_levels(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Level of each cell in P and its place in the level's grid, both [Q]."""
+        ends = torch.tensor([size**2 for size in self.num_grids], device=cells.device).cumsum(0)
+        level = torch.bucketize(cells, ends, right=True)
+        return level, cells - torch.cat([ends.new_zeros(1), ends])[level]
+
 
 class LevelMaskHead(LocationHead):
     """A head whose levels have mask maps of their own, at half the levels' strides."""
@@ -247,7 +253,7 @@ class LevelMaskHead(LocationHead):
         sizes = [size**2 for size in self.num_grids]
         owned = (targets.owner >= 0).split(sizes, dim=1)
         image_counts = torch.stack([level.sum(1) for level in owned]).tolist()
-        _, cells = cell_levels(self.num_grids, positives.cell_idx)
+        _, cells = self.cell_levels(positives.cell_idx)
         parts = (part.split(counts) for part in (positives.image_idx, cells, positives.object_idx))
         return [
             PositiveMasks(
@@ -263,7 +269,7 @@ class LevelMaskHead(LocationHead):
         one = tuple([maps[image : image + 1] for maps in part] for part in outputs)
 
         def maps_of(cells: Tensor) -> Tensor:
-            levels, places = cell_levels(self.num_grids, cells)
+            levels, places = self.cell_levels(cells)
             maps = one[0][0].new_empty(len(cells), *size)
             for level in levels.unique().tolist():
                 mine = (levels == level).nonzero()[:, 0]
@@ -345,34 +351,24 @@ def flatten_grids(grids: list[Tensor]) -> Tensor:
     return torch.cat([grid.flatten(2) for grid in grids], 2).transpose(1, 2)
 
 
-def cell_levels(grid_sizes: Sequence[int], cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Level of each cell in P and its place in the level's grid, both [Q]."""
-    ends = torch.tensor([size**2 for size in grid_sizes], device=cells.device).cumsum(0)
-    level = torch.bucketize(cells, ends, right=True)
-    return level, cells - F.pad(ends, (1, 0))[level]
-
-
 def convolve_at(conv: nn.Conv2d, grids: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """What gives values [Q, D] of a 3x3 convolution, padded by one, of L maps [N, C, S, S].
 
     It takes images and cells, both [Q], the latter in P.
     """
-    padded = [F.pad(g.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(1, 2) for g in grids]
-    padded = torch.cat(padded, 1)
+    padded, around, start = [], [], 0
+    for grid in grids:
+        padded.append(F.pad(grid.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(1, 2))
+        sides, stop = [side + 2 for side in grid.shape[2:]], start + padded[-1].shape[1]
+        places = torch.arange(start, stop, device=grid.device).view(sides)
+        around.append(places.unfold(0, 3, 1).unfold(1, 3, 1).flatten(2).flatten(0, 1))
+        start = stop
+    padded, around = torch.cat(padded, 1), torch.cat(around)
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(padded.dtype)
     bias = conv.bias.to(padded.dtype)
-    grid_sizes = [grid.shape[-1] for grid in grids]
-    sizes = torch.tensor(grid_sizes, device=padded.device)
-    starts = F.pad((sizes + 2).square().cumsum(0), (1, 0))
-    around = torch.arange(3, device=padded.device)
 
     def values_at(images: Tensor, cells: Tensor) -> Tensor:
-        level, place = cell_levels(grid_sizes, cells)
-        size = sizes[level]
-        rows = ((place // size)[:, None] + around) * (size + 2)[:, None]
-        columns = (place % size + starts[level])[:, None] + around
-        index = rows[:, :, None] + columns[:, None]
-        patches = padded[images[:, None], index.flatten(1)]
+        patches = padded[images[:, None], around[cells]]
         return F.linear(patches.flatten(1), weight, bias)
 
     return values_at
