@@ -7,10 +7,11 @@ non-commercial use: settings and behaviour are taken from it, its code is not.
 
 mmdet ships the same three methods. Parameters here carry the same names, so that its checkpoints
 load, and losses and detections agree with it. What differs: targets are formed where the masks are,
-once an object; only positive and candidate cells get a mask; masks leave as run lengths, with their
-boxes; kernels may be 3x3; every ablation of the thesis is an option. Matrix NMS multiplies by sigma
-where the thesis divides, as all released code does. The detector around the heads is mmdet's.
-Panoptic segmentation and matting of instances have no released code; they stand in their own files.
+once an object; only positive and candidate cells get a kernel and a mask; on a CPU, towers take all
+levels at once; masks leave as run lengths, with their boxes; kernels may be 3x3; every ablation of
+the thesis is an option. Matrix NMS multiplies by sigma where the thesis divides, as all released
+code does. The detector around the heads is mmdet's. Panoptic segmentation and matting of instances
+have no released code; they stand in their own files.
 """
 
 from ..common.location_head import SOLODiceLoss, SOLODynamicHead
