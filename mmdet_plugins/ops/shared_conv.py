@@ -100,7 +100,7 @@ class _SharedConv(torch.autograd.Function):
         to_weight, to_maps = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
         kernels = _kernels(weight)
         grids = _tile_grids(maps)
-        padded = [_pad(x, 1) for x in maps]
+        padded = [_pad(x, 1) for x in maps] if to_weight else []
         grads = [_pad(grad, 0) for grad in grads]
         grad_kernels = torch.zeros_like(kernels)
         outs = [
