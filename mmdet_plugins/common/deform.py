@@ -5,7 +5,7 @@ so everything runs in the precision of the weights.
 """
 
 import torch
-from mmcv.ops import DeformConv2d, ModulatedDeformConv2dPack
+from mmcv.ops import DeformConv2d, ModulatedDeformConv2dPack, modulated_deform_conv2d
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class AnyDeviceDeformConv2d(DeformConv2d):
         with torch.autocast(x.device.type, enabled=False):
             x, offset = x.to(self.weight.dtype), offset.to(self.weight.dtype)
             if x.is_cuda or not is_plain(self):
-                return super().forward(x, offset)
+                return super().forward(x.contiguous(), offset.contiguous())
             return deform_conv2d(
                 x,
                 offset,
@@ -48,17 +48,26 @@ class AnyDeviceDCNv2(ModulatedDeformConv2dPack):
         """[N, C, H, W] -> [N, O, h, w]."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.weight.dtype)
+            places = self.deform_groups * self.weight[0, 0].numel()
+            offset, mask = self.conv_offset(x).split([2 * places, places], 1)
+            mask = torch.sigmoid(mask)
             if x.is_cuda or not is_plain(self):
-                return super().forward(x)
-            dy_dx, mask = self.conv_offset(x).split(
-                [2 * self.weight[0, 0].numel(), self.weight[0, 0].numel()], 1
-            )
+                return modulated_deform_conv2d(
+                    *(maps.contiguous() for maps in (x, offset, mask)),
+                    self.weight,
+                    self.bias,
+                    self.stride,
+                    self.padding,
+                    self.dilation,
+                    self.groups,
+                    self.deform_groups,
+                )
             return deform_conv2d(
                 x,
-                dy_dx,
+                offset,
                 self.weight,
                 self.bias,
-                torch.sigmoid(mask),
+                mask,
                 self.stride[0],
                 self.padding[0],
                 self.dilation[0],

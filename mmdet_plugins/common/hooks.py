@@ -17,6 +17,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from mmdet_plugins.common.files import atomic_write
+from mmdet_plugins.common.memory_format import channels_first_module
 
 _BOOKKEEPING = ('keep_ckpt_ids', 'last_ckpt', 'best_ckpt_path', 'best_ckpt_path_dict')
 
@@ -167,6 +168,9 @@ class ChannelsLastHook(Hook):
     test, after checkpoints were loaded; features then follow them. Shapes, checkpoints and their
     keys stay as they are. What an optimiser keeps of a weight is reordered with it, since fused
     optimisers walk through both in the order of memory.
+
+    Raises:
+        ValueError: The model has an operator that cannot read such features.
     """
 
     priority = 'VERY_HIGH'
@@ -175,10 +179,10 @@ class ChannelsLastHook(Hook):
         self._reorder(runner)
         optim = runner.optim_wrapper
         for wrapper in optim.values() if isinstance(optim, OptimWrapperDict) else [optim]:
-            for state in wrapper.optimizer.state.values():
+            for weight, state in wrapper.optimizer.state.items():
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and value.ndim == 4:
-                        state[key] = value.contiguous(memory_format=torch.channels_last)
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
     def before_val(self, runner) -> None:
         self._reorder(runner)
@@ -188,4 +192,13 @@ class ChannelsLastHook(Hook):
 
     @staticmethod
     def _reorder(runner) -> None:
-        unwrapped(runner.model).to(memory_format=torch.channels_last)
+        model = unwrapped(runner.model)
+        module = channels_first_module(model)
+        if module:
+            raise ValueError(
+                f'model.{module} reads features channels-first whatever their order in memory, and '
+                'would give wrong values: take ChannelsLastHook out of the config'
+            )
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                layer.to(memory_format=torch.channels_last)

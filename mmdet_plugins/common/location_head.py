@@ -1,8 +1,9 @@
 """Heads that segment by location: a network, wired to targets, losses and post-processing.
 
-They differ in how a grid cell's mask comes about, and in nothing else; SOLOv2's, by a dynamic
-kernel, is here, since more than one method trains it. A head never forms the masks of all cells,
-only those that are asked for. Sections and equations are those of Wang's thesis, chapters 3 and 4.
+Around them stands mmdet's detector. They differ in how a grid cell's mask comes about, and in
+nothing else; SOLOv2's, by a dynamic kernel, is here, since more than one method trains it. A head
+never forms the masks of all cells, only those that are asked for. Sections and equations are those
+of Wang's thesis, chapters 3 and 4.
 
 Shapes: N images, L levels, S cells a side of a level's grid, P cells of all levels (level by level,
 row by row), K classes, Q positive or candidate cells, G objects of the batch, ``h w`` a mask map.
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmdet.models import SOLO
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures.mask import BitmapMasks
@@ -31,7 +33,17 @@ from ..ops.instance_masks import Frame
 from .dynamic_mask_head import DynamicMaskHead, UnifiedMaskFeatures
 from .finite import require_finite
 from .mask_postprocess import grid_scores
+from .memory_format import reordered_on_cpu
 from .ranks import mean_over_ranks
+
+
+@MODELS.register_module()
+class LocationSegmentor(SOLO):
+    """mmdet's ``SOLO``, which its ``DecoupledSOLO`` and ``SOLOv2`` equal, but faster on a CPU."""
+
+    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
+        """The pyramid, L maps [N, C, h, w], of images [N, 3, H, W]."""
+        return super().extract_feat(reordered_on_cpu(batch_inputs, self))
 
 
 class PositiveMasks(NamedTuple):

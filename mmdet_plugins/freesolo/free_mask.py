@@ -12,6 +12,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from ..common.mask_postprocess import EncodedMasks
+from ..common.memory_format import reordered_on_cpu
 from ..ops.free_mask import free_masks
 
 
@@ -87,7 +88,7 @@ class FreeSOLOFreeMask(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> Tensor:
         """Features [N, C, h, w] of images [N, 3, H, W]."""
-        return self.backbone(batch_inputs)[self.level]
+        return self.backbone(reordered_on_cpu(batch_inputs, self.backbone))[self.level]
 
     @torch.no_grad()
     def predict(

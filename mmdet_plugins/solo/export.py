@@ -41,7 +41,7 @@ class ExportableSOLOv2(nn.Module):
     """A SOLOv2 detector with preprocessing and post-processing in the graph.
 
     Args:
-        detector: mmdet's ``SOLOv2`` with a :class:`SOLODynamicHead`, in any mode.
+        detector: With a :class:`SOLODynamicHead`, in any mode.
         max_candidates: Scores, by rank, that get a mask at most; all above the threshold by
             default. With less, a mask that maskness would have lifted into the ``nms_pre`` best is
             missed; the memory for mask maps is bounded.

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
-from mmdet.models import SOLOv2
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from ..common.location_head import SOLODynamicHead, convolve_at, frame_of
+from ..common.location_head import LocationSegmentor, SOLODynamicHead, convolve_at, frame_of
 from ..common.ranks import mean_over_ranks
 from ..ops.dice import dynamic_mask_logits, wide
 from ..ops.grid_targets import GridTargets
@@ -230,8 +229,8 @@ class SOLOMattingHead(SOLODynamicHead):
 
 
 @MODELS.register_module()
-class SOLOMattingSegmentor(SOLOv2):
-    """mmdet's ``SOLOv2``, whose head sees the image, too."""
+class SOLOMattingSegmentor(LocationSegmentor):
+    """A detector whose head sees the image, too."""
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """The pyramid, and the normalised image as its last entry."""

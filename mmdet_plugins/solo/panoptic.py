@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.models import PanopticFPNHead, SOLOv2
+from mmdet.models import PanopticFPNHead
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
 from mmengine.structures import PixelData
 from torch import Tensor
 
 from ..common.finite import require_finite
-from ..common.location_head import frame_of
+from ..common.location_head import LocationSegmentor, frame_of
 from ..ops.instance_masks import BYTE_BUDGET, Frame
 from ..ops.panoptic import merge_panoptic
 
@@ -98,7 +98,7 @@ def best_class(logits: Tensor, frame: Frame, byte_budget: int = BYTE_BUDGET) -> 
 
 
 @MODELS.register_module()
-class SOLOPanopticSegmentor(SOLOv2):
+class SOLOPanopticSegmentor(LocationSegmentor):
     """A SOLO-type detector with a semantic branch: predictions are panoptic maps.
 
     mmdet has panoptic segmentors with boxes in two stages, and with queries.
@@ -109,7 +109,7 @@ class SOLOPanopticSegmentor(SOLOv2):
             :func:`~mmdet_plugins.ops.panoptic.merge_panoptic`: ``min_score``, ``max_overlap`` and
             ``min_stuff_area``.
         with_instances: Keep the instances beside the map, ``pred_instances``, for mask AP.
-        *args, **kwargs: As for mmdet's ``SOLOv2``.
+        *args, **kwargs: As for mmdet's ``SOLO``.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ feature branch, scale ranges, strides of the head, normalisation, NMS.
 """
 
 model = dict(
-    type='SOLOv2',
+    type='LocationSegmentor',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
         mean=[123.675, 116.28, 103.53],

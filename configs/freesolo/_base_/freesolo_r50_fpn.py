@@ -17,7 +17,7 @@ custom_imports = dict(
 )
 
 model = dict(
-    type='SOLOv2',
+    type='LocationSegmentor',
     data_preprocessor=dict(
         type='FreeSOLODataPreprocessor',
         mean=[123.675, 116.28, 103.53],

@@ -17,7 +17,7 @@ custom_imports = dict(
 )
 
 model = dict(
-    type='SOLO',
+    type='LocationSegmentor',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
         mean=[123.675, 116.28, 103.53],

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from mmcv.ops import RoIAlign
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mmdet_plugins.common.checkpoint import load_file
@@ -222,3 +223,10 @@ def test_channels_last_trains_alike_and_takes_the_state_of_the_optimiser_with_it
         assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
         weights.append([weight.detach() for weight in model.parameters()])
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_refuses_who_cannot_read_it():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), RoIAlign(7))
+    with pytest.raises(ValueError, match=r'model\.1 \(RoIAlign\) reads features channels-first'):
+        ChannelsLastHook().before_test(SimpleNamespace(model=model))
+    assert model[0].weight.is_contiguous()

@@ -25,7 +25,9 @@ def test_no_graph_break_from_pixels_to_maps(repo, kind, monkeypatch):
         cfg.mask_head.update(dcn='last', stacked_convs=1)
     torch.manual_seed(0)
     model = MODELS.build(cfg).train()
-    pixels = torch.randn(2, 3, 64, 96, requires_grad=True)
+    # As the detector orders them in memory where nothing is compiled.
+    pixels = torch.randn(2, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    pixels.requires_grad_()
 
     def network(pixels):
         return model.mask_head(model.extract_feat(pixels))
