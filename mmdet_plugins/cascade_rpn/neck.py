@@ -23,7 +23,7 @@ class AnyDeviceCARAFEPack(CARAFEPack):
         dtype = torch.float16 if x.dtype == mask.dtype == torch.float16 else torch.float32
         features, kernels = x.to(dtype), mask.to(dtype)
         if x.is_cuda:
-            out = super().feature_reassemble(features.contiguous(), kernels.contiguous())
+            out = super().feature_reassemble(features.contiguous(), kernels)
         else:
             out = carafe(features, kernels, self.up_kernel, self.up_group, self.scale_factor)
         return out.to(x.dtype)

@@ -181,7 +181,7 @@ class ChannelsLastHook(Hook):
         for wrapper in optim.values() if isinstance(optim, OptimWrapperDict) else [optim]:
             for weight, state in wrapper.optimizer.state.items():
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                    if isinstance(value, Tensor) and value.ndim == weight.ndim == 4:
                         state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
     def before_val(self, runner) -> None:
@@ -197,7 +197,7 @@ class ChannelsLastHook(Hook):
         if module:
             raise ValueError(
                 f'model.{module} reads features channels-first whatever their order in memory, and '
-                'would give wrong values: take ChannelsLastHook out of the config'
+                'may give wrong values: take ChannelsLastHook out of the config'
             )
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):

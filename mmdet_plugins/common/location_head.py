@@ -39,7 +39,7 @@ from .ranks import mean_over_ranks
 
 @MODELS.register_module()
 class LocationSegmentor(SOLO):
-    """mmdet's ``SOLO``, which its ``DecoupledSOLO`` and ``SOLOv2`` equal, but faster on a CPU."""
+    """mmdet's ``SOLO``, which its ``SOLOv2`` equals, but faster on a CPU."""
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """The pyramid, L maps [N, C, h, w], of images [N, 3, H, W]."""

@@ -10,7 +10,7 @@ load, and losses and detections agree with it. What differs: targets are formed 
 once an object; only positive and candidate cells get a kernel and a mask; on a CPU, towers take all
 levels at once; masks leave as run lengths, with their boxes; kernels may be 3x3; every ablation of
 the thesis is an option. Matrix NMS multiplies by sigma where the thesis divides, as all released
-code does. The detector around the heads is mmdet's; on a CPU its maps are channels-last in memory.
+code does. The detector around the heads is mmdet's; on a CPU it orders images channels-last.
 Panoptic segmentation and matting of instances have no released code; they stand in their own files.
 """
 

@@ -3,6 +3,7 @@
 _base_ = './solo_tiny_demo.py'
 
 model = dict(
+    type='SOLO',
     mask_head=dict(
         _delete_=True,
         type='SOLOHead',

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from mmcv.cnn.bricks import ContextBlock
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack, RoIAlign
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -19,7 +18,6 @@ LAYERS = [
     ModulatedDeformConv2dPack(4, 4, 3),
     DeformConv2dPack(4, 4, 3),
     RoIAlign(7),
-    ContextBlock(4, 1),
     Derived(4, 4, 3),
 ]
 

@@ -3,6 +3,7 @@
 _base_ = './solov2_tiny.py'
 
 model = dict(
+    type='SOLOv2',
     mask_head=dict(
         _delete_=True,
         type='SOLOV2Head',
