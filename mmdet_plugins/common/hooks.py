@@ -199,6 +199,6 @@ class ChannelsLastHook(Hook):
                 f'model.{module} reads features channels-first whatever their order in memory, and '
                 'may give wrong values: take ChannelsLastHook out of the config'
             )
-        for layer in model.modules():
+        for layer in model.modules():  # mmcv's kernels read weights, too, as channels-first
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 layer.to(memory_format=torch.channels_last)

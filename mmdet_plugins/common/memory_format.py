@@ -1,7 +1,11 @@
 """Channels-last order of memory: where it is faster, and who cannot read it."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
+
+from mmdet_plugins.ops.shared_conv import makes_a_graph
 
 
 def channels_first_module(model: nn.Module) -> str | None:
@@ -11,12 +15,16 @@ def channels_first_module(model: nn.Module) -> str | None:
     wrong values without an error. Our deformable convolutions take any order.
     """
     for name, module in model.named_modules():
-        kind = type(module)
-        if not kind.__module__.startswith('mmdet_plugins.') and any(
-            base.__module__.startswith('mmcv.ops.') for base in kind.__mro__
-        ):
-            return f'{name} ({kind.__name__})'
+        if _is_mmcvs(type(module)):
+            return f'{name} ({type(module).__name__})'
     return None
+
+
+@functools.cache
+def _is_mmcvs(kind: type) -> bool:
+    return not kind.__module__.startswith('mmdet_plugins.') and any(
+        base.__module__.startswith('mmcv.ops.') for base in kind.__mro__
+    )
 
 
 def reordered_on_cpu(images: Tensor, model: nn.Module) -> Tensor:
@@ -25,11 +33,6 @@ def reordered_on_cpu(images: Tensor, model: nn.Module) -> Tensor:
     Most maps made of them follow. oneDNN's convolutions then need not reorder what they read and
     write, which takes a sixth of the time of a ResNet-50. Left alone while a graph is made.
     """
-    if (
-        images.device.type != 'cpu'
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or channels_first_module(model)
-    ):
+    if images.device.type != 'cpu' or makes_a_graph() or channels_first_module(model):
         return images
     return images.contiguous(memory_format=torch.channels_last)

@@ -33,12 +33,17 @@ _WEIGHT = _both_axes([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _OUTPUT = _both_axes([[1, 1, 1, 0], [0, 1, -1, -1]])
 
 
+def makes_a_graph() -> bool:
+    """Whether what runs is being traced, compiled or exported."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_faster(maps: Sequence[Tensor], weight: Tensor) -> bool:
     """Whether :func:`shared_conv3x3` takes less time than a convolution for each map.
 
     Never while a graph is traced, compiled or exported, where it would stand for one operator.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if makes_a_graph():
         return False
     device = weight.device.type
     return (

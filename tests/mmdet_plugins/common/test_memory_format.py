@@ -39,6 +39,20 @@ def test_ours_reads_any_order():
     assert torch.equal(reordered, images)
 
 
+def test_graphs_keep_the_order_of_their_input():
+    model = nn.Conv2d(3, 4, 3)
+    images = torch.randn(2, 3, 8, 12)
+
+    def reorder(images):
+        return reordered_on_cpu(images, model)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(reorder, backend='eager', fullgraph=True)
+    assert not reorder(images).is_contiguous()
+    assert compiled(images).is_contiguous()
+    assert torch.jit.trace(reorder, (images,))(images).is_contiguous()
+
+
 @pytest.fixture(params=[None, 'AnyDeviceDCNv2', 'DCNv2'])
 def detectors(request, repo):
     """Ours and mmdet's around the same head, with the same weights; and the kind of DCN."""
